@@ -1,0 +1,42 @@
+"Every notebook runs from top to bottom, each in a process of its own."
+import os, subprocess
+
+import pytest, torch
+
+from conftest import root, run_python
+
+notebooks = sorted(p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(root).parts))
+
+RUN = """
+import sys, warnings
+from pathlib import Path
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_nb
+import torch
+torch.set_num_threads(1)
+warnings.filterwarnings('error', module=r'c2c_nb\\b')
+config = get_config()
+ok, seconds = run_nb(Path({notebook!r}).absolute(), skip_flags=config.tst_flags.split(), force_flags={flags!r}, basepath=config.config_path)
+sys.exit(not ok)
+"""
+
+
+def flags() -> list[str]:
+    "Flags of the cells to run that are left out otherwise: `cuda` where there is a GPU, `slow` if `C2C_SLOW` is set."
+    return ['cuda'] * torch.cuda.is_available() + ['slow'] * bool(os.environ.get('C2C_SLOW'))
+
+
+def status() -> str:
+    "What git sees as changed."
+    return subprocess.run(['git', 'status', '--porcelain'], cwd=root, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.relative_to('nbs').as_posix())
+def test_notebook(notebook):
+    before = status()
+    done = run_python(RUN.format(notebook=str(notebook), flags=flags()), cwd=root, timeout=1800)
+    assert done.returncode == 0, f'{notebook} failed:\n{(done.stdout + done.stderr)[-6000:]}'
+    if os.environ.get('CI'): assert status() == before, f'{notebook} leaves files behind when it runs'
+
+
+def test_there_are_notebooks(): assert notebooks
