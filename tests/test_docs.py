@@ -53,6 +53,13 @@ def site(tmp_path_factory) -> Site:
     return Site(path, pages, anchors, links, done.stdout + done.stderr)
 
 
+@pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.relative_to('nbs').as_posix())
+def test_first_cell_is_title_and_tagline_only(notebook):
+    "nbdev turns the cell of the title into metadata: whatever else it says is lost from the page."
+    cell = json.loads((root/notebook).read_text(encoding='utf-8'))['cells'][0]
+    assert cell['cell_type'] == 'markdown' and re.fullmatch(r'# \S[^\n]*\n+> \S[^\n]*\n*', ''.join(cell['source']))
+
+
 def test_every_notebook_becomes_a_page(site):
     assert len(site.pages) == len(notebooks) and 'index.html' in site.pages
 
