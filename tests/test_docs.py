@@ -101,6 +101,8 @@ def html(site) -> dict:
 
 def test_pages_render_to_html(html):
     assert [p for p, file in html.items() if file.stat().st_size < 20_000] == []
+    external = re.compile(r'<(?:script|img|link|iframe)\b[^>]*?(?:src|href)="(https?://[^"]+)"')
+    assert [(p, o) for p, file in html.items() for o in external.findall(file.read_text(encoding='utf-8'))] == [], 'pages load nothing from elsewhere'
 
 
 def test_pages_open_in_a_browser(html, tmp_path):
