@@ -43,14 +43,6 @@ class Plan:
     last:Tensor # (b,) length of every row's last section, on the CPU
     longest:int # largest position id plus one
 
-# %% ../nbs/04_model.ipynb #def-pack
-def _pack(
-    keep:Tensor, # (b, t) bool: columns that hold a token of any model
-)->Tensor: # (b, t) for each column of the packed batch the column it comes from
-    "Move every row's tokens to the right end, in order; what was padding fills the left."
-    order = keep.int().argsort(dim=1, stable=True)               # padding first, then tokens; both in their order
-    return order
-
 # %% ../nbs/04_model.ipynb #def-sections-of
 def _sections_of(
     active:Tensor, # (b, t, sharers) bool, packed
@@ -74,31 +66,20 @@ def _expect(
 
 # %% ../nbs/04_model.ipynb #def-find-cuts
 def _find_cuts(
-    active:Tensor, # (b, t, n) bool, laid out: where each sharer is really fused
+    active:Tensor, # (b, t, sharers) bool, laid out: where each sharer is really fused
     section:Tensor, # (b, t) section numbers, laid out
     start:int, # columns before this one are in the cache already
 )->list[Cut]:
-    "Cut where a section ends that has something to fuse."
-    b, t, _ = active.shape
-    fused = active.any(-1)
-    fused[:, :start] = False
-    ends = torch.ones(b, t, dtype=torch.bool)
-    ends[:, :-1] = section[:, 1:] != section[:, :-1]
-    cuts = {}
-    for row in range(b):
-        if not fused[row].any(): continue
-        for s in section[row][fused[row]].unique().tolist():
-            cols = (section[row] == s).nonzero()[:, 0]
-            where = (fused[row] & (section[row] == s)).nonzero()[:, 0]
-            cuts.setdefault(int(cols[-1]) + 1, []).append((row, s, int(where[0])))
-    out = []
-    for stop in sorted(cuts):
-        first = min(c[2] for c in cuts[stop])
-        mine = torch.zeros(b, stop - first, dtype=torch.bool)
-        for row, s, _ in cuts[stop]: mine[row] = section[row, first:stop] == s
-        mine[:, :max(start - first, 0)] = False
-        out.append(Cut(stop, first, active[:, first:stop] & mine[..., None]))
-    return out
+    "Cut at every column where, in some row, a section ends that has something to fuse."
+    column = torch.arange(section.shape[1])
+    ends = F.pad(section[:, 1:] != section[:, :-1], (0, 1), value=True)
+    end_of = torch.where(ends, column + 1, len(column)).flip(1).cummin(1).values.flip(1)     # where the section of each position ends
+    fused, cuts = active.any(-1) & (column >= start), []
+    for stop in end_of[fused].unique().tolist():
+        mine = fused & (end_of == stop)
+        first = int(mine.any(0).int().argmax())
+        cuts.append(Cut(stop, first, (active & mine[..., None])[:, first:stop]))
+    return cuts
 
 # %% ../nbs/04_model.ipynb #def-fusedcache
 class FusedCache(DynamicCache):
@@ -150,6 +131,34 @@ class C2CModel(nn.Module):
     @property
     def device(self)->torch.device: return self.receiver.device
 
+# %% ../nbs/04_model.ipynb #def-check
+@patch
+def _check(self:C2CModel, input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels):
+    "Check shapes, devices and vocabularies; the sharers' ids and masks as lists."
+    n = len(self.sharers)
+    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be a tensor of shape (batch, positions), {tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__} was given")
+    shape, device = tuple(input_ids.shape), input_ids.device
+    if 0 in shape: raise ValueError(f"input_ids has shape {shape}: an empty prompt cannot be answered; give at least one token")
+    if device != self.receiver.device: raise ValueError(f"input_ids are on {device}, the receiver is on {self.receiver.device}: move the ids there")
+    for name, x in dict(attention_mask=attention_mask, sections=sections, position_ids=position_ids, labels=labels).items():
+        if x is not None: _expect(name, x, shape, device)
+    if active is not None: _expect('active', active, (*shape, n), device)
+    lists = []
+    for name, xs in (('sharer_input_ids', sharer_input_ids), ('sharer_attention_mask', sharer_attention_mask)):
+        if xs is None: xs = [None]*n
+        if not isinstance(xs, (list, tuple)) or len(xs) != n:
+            raise ValueError(f"{name} must be a list with one tensor (or None) for each of the {n} sharers, {f'one of {len(xs)}' if isinstance(xs, (list, tuple)) else f'a {type(xs).__name__}'} was given")
+        for j, x in enumerate(xs):
+            if x is not None: _expect(f'{name}[{j}]', x, shape, device)
+        lists.append(xs)
+    known = lambda model: model.get_input_embeddings().weight.shape[0]
+    for j, (sharer, ids) in enumerate(zip(self.sharers, lists[0])):
+        ids = input_ids if ids is None and known(sharer) < known(self.receiver) else ids         # the receiver's ids may be too large for it
+        if ids is not None and int(ids.max()) >= known(sharer):
+            raise ValueError(f"the ids for sharer {j} go up to {int(ids.max())}, its vocabulary has {known(sharer)}: give ids of its own tokenizer as sharer_input_ids")
+    return lists
+
 # %% ../nbs/04_model.ipynb #def-plan-2
 @patch
 def plan(self:C2CModel,
@@ -165,85 +174,76 @@ def plan(self:C2CModel,
     align:str='end', # 'end': rows end together, to generate; 'section': their last sections begin together, to train
 )->Plan:
     "Check a batch, lay it out and find where to cut it. Raises `ValueError` saying what is wrong with it."
-    n = len(self.sharers)
-    if not isinstance(input_ids, Tensor) or input_ids.dim() != 2: raise ValueError(f"input_ids must be a tensor of shape (batch, positions), {tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__} was given")
-    (b, t), device = input_ids.shape, input_ids.device
-    if b == 0 or t == 0: raise ValueError(f"input_ids has shape {(b, t)}: an empty prompt cannot be answered; give at least one token")
-    if device != self.receiver.device: raise ValueError(f"input_ids are on {device}, the receiver is on {self.receiver.device}: move the ids there")
-    given = lambda name, x, m, shape=(b, t): None if x is None else (_expect(name, x, shape, device), x)[1]
-    def each(name, xs):
-        if xs is None: return [None]*n
-        if not isinstance(xs, (list, tuple)) or len(xs) != n: raise ValueError(f"{name} must be a list with one tensor (or None) for each of the {n} sharers, {f'{len(xs)} were' if isinstance(xs, (list, tuple)) else f'a {type(xs).__name__} was'} given")
-        return [given(f'{name}[{j}]', x, n) for j, x in enumerate(xs)]
-    attention_mask, position_ids, labels, sections = (given(k, x, n) for k, x in (('attention_mask', attention_mask), ('position_ids', position_ids), ('labels', labels), ('sections', sections)))
-    active = given('active', active, n, (b, t, n))
-    ids_of, masks_of = each('sharer_input_ids', sharer_input_ids), each('sharer_attention_mask', sharer_attention_mask)
-    for j, (sharer, ids) in enumerate(zip(self.sharers, ids_of)):
-        size = sharer.get_input_embeddings().weight.shape[0]
-        if (ids is not None or size < self.receiver.get_input_embeddings().weight.shape[0]) and int((input_ids if ids is None else ids).max()) >= size:
-            raise ValueError(f"the ids for sharer {j} go up to {int((input_ids if ids is None else ids).max())}, its vocabulary has {size}: give ids of its own tokenizer as sharer_input_ids")
+    ids_of, masks_of = self._check(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels)
+    (b, t), n, device = input_ids.shape, len(self.sharers), input_ids.device
+    column = torch.arange(t)
 
-    # what is where, on the CPU
-    cpu = lambda x: None if x is None else x.to('cpu')
-    real = torch.ones(b, t, dtype=torch.bool) if attention_mask is None else cpu(attention_mask).bool()
-    sharer_real = [real if m is None else cpu(m).bool() for m in masks_of]
+    # which columns hold tokens, of the receiver (`real`), of each sharer, of any model (`keep`)
+    real = torch.ones(b, t, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if not real.any(1).all(): raise ValueError(f"row {int((~real.any(1)).nonzero()[0])} of attention_mask is all padding: remove it from the batch, there is nothing to answer")
-    keep = torch.stack([real, *sharer_real]).any(0)
-    order = torch.arange(t).expand(b, t) if cache is not None else _pack(keep)
-    take = lambda x: x.gather(1, order.to(x.device) if x.dim() == 2 else order.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
-    real, keep, sharer_real = take(real), take(keep), [take(r) for r in sharer_real]
-    act = keep[..., None].expand(b, t, n) if active is None else take(cpu(active).bool())
-    final = t - 1 - real.flip(1).int().argmax(1)                 # last real column of every row
-    if sections is None:                                         # the last token is always read over the fused cache
-        act = act & (torch.arange(t) < final[:, None])[..., None]
+    heard = torch.stack([real if m is None else m.cpu().bool() for m in masks_of], -1)
+    final = t - 1 - real.flip(1).int().argmax(1, keepdim=True)   # a row ends with the receiver's last token
+    keep = (real | heard.any(-1)) & (column <= final)
+    if cache is not None and not real[:, -1].all(): raise ValueError(f"row {int((~real[:, -1]).nonzero()[0])} ends in padding: a text that continues a cache must end in a token in every row")
+
+    # pack: each row's tokens at the right end, in order
+    order = column.expand(b, t) if cache is not None else keep.int().argsort(dim=1, stable=True)
+    take = lambda x, order: x.gather(1, order if x.dim() == 2 else order[..., None].expand(-1, -1, x.shape[2]))
+    real, heard, keep = take(real, order), take(heard, order), take(keep, order)
+    if active is not None: act = take(active.cpu().bool(), order)
+    else: act = keep[..., None].expand(b, t, n)
+
+    # sections: the last one is never fused; without `sections` given it is at least the last token
+    if sections is None:
+        act = act & (column < t-1)[:, None]
         section = _sections_of(act, keep)
     else:
-        section = take(cpu(sections)).long()
+        section = take(sections.cpu().long(), order)
         if ((section[:, 1:] < section[:, :-1]) & keep[:, 1:] & keep[:, :-1]).any(): raise ValueError("sections fall along a row: number them in the order in which they are read")
-    in_last = (section == section.gather(1, final[:, None])) & keep
-    for j in range(n): in_last = in_last | (keep & (torch.arange(t) > final[:, None]))
-    last = in_last.sum(1)
-    open_ = [True if f.soft else any(map(any, f.open_gates())) for f in self.fusers]
-    act = act & ~in_last[..., None] & real[..., None] & torch.stack(sharer_real, -1) & torch.tensor(open_)
+    in_last = keep & (section == section[:, -1:])
+    last = in_last.sum(1, keepdim=True)
+    heeded = torch.tensor([f.soft or any(map(any, f.open_gates())) for f in self.fusers])       # a fuser whose gates are all closed asks for no cut
+    act = act & heard & (real & ~in_last)[..., None] & heeded
 
+    # align: to train, let the last sections begin together
     width = t
-    if align == 'section' and cache is None and (last != last[0]).any():    # let the last sections begin together: shift shorter ones to the left
-        shift = last.max() - last
-        width = max(t, int((keep.sum(1) + shift).max()))
-        source = torch.arange(width)[None] - (width - t) + shift[:, None]   # column of the packed batch
-        inside = (source >= 0) & (source < t)
-        source = source.clamp(0, t - 1)
-        move = lambda x: x.gather(1, source if x.dim() == 2 else source[..., None].expand(-1, -1, x.shape[2]))
-        order, section = order.gather(1, source), move(section)
-        real, keep, sharer_real, act = (move(real) & inside, move(keep) & inside, [move(r) & inside for r in sharer_real], move(act) & inside[..., None])
+    if align == 'section' and cache is None:
+        shift = last.max() - last                                # move shorter ones to the left
+        width = max(t, int((keep.sum(1, keepdim=True) + shift).max()))
+        source = torch.arange(width) - (width - t) + shift       # column of the packed batch, outside of it padding
+        inside, source = (source >= 0) & (source < t), source.clamp(0, t-1)
+        order, section = order.gather(1, source), section.gather(1, source)
+        real, heard, act = take(real, source) & inside, take(heard, source) & inside[..., None], take(act, source) & inside[..., None]
     start = 0 if cache is None else cache.get_seq_length()
-    if cache is not None:
-        if start >= width: raise ValueError(f"the cache holds {start} positions, input_ids only {width}: give the whole text, with at least one token that is not in the cache yet")
-        if start and cache.layers[0].keys.shape[0] != b: raise ValueError(f"the cache was made for {cache.layers[0].keys.shape[0]} rows, input_ids has {b}")
-    if align == 'end' and not real[:, -1].all(): raise ValueError(f"row {int((~real[:, -1]).nonzero()[0])} ends in padding: a text that continues a cache must end in a token in every row")
+    if start >= width: raise ValueError(f"the cache holds {start} positions, input_ids only {width}: give the whole text, with at least one token that is not in the cache yet")
+    if start and cache.layers[0].keys.shape[0] != b: raise ValueError(f"the cache was made for {cache.layers[0].keys.shape[0]} rows, input_ids has {b}")
+    if labels is not None: _check_labels(labels.cpu().gather(1, order) != -100, real, width - int(last.max()))
 
-    if labels is not None:
-        marked = labels.to('cpu').gather(1, order) != -100
-        marked &= real
-        begins = width - int(last.max())
-        first_of_last = torch.zeros_like(marked); first_of_last[:, begins] = real[:, :begins].any(1)
-        outside = marked & (first_of_last | (torch.arange(width) < begins))
-        if outside.any():
-            row = int(outside.any(1).nonzero()[0])
-            raise ValueError(f"labels supervise {int(outside[row].sum())} positions of row {row} that get no prediction: only what comes after the first token of the last section can be learned. "
-                "Set the others to -100, or let the last section begin at the last prompt token (give `active` for the prompt without its last token)")
-        if not marked.any(): raise ValueError("labels supervise nothing: every entry is -100 or padding")
-    order = order.to(device)
-    plain = not bool((order != torch.arange(width, device=device)).any()) if device.type == 'cpu' else False
-    put = lambda x: x if plain and x.shape[1] == width else x.gather(1, order)
-    whole = bool(real.all())
-    def positions(r): return (r.long().cumsum(1) - 1).clamp(min=0)
-    own = positions(real) if position_ids is None else position_ids.to('cpu').gather(1, order.cpu())
-    own_of = [positions(r) if position_ids is None else own for r in sharer_real]
     send = lambda x: x.to(device, non_blocking=True)
-    return Plan(ids=put(input_ids), mask=None if whole else send(real.long()), position_ids=send(own),
-        sharer_ids=[put(input_ids if x is None else x) for x in ids_of], sharer_masks=[None if bool(r.all()) else send(r.long()) for r in sharer_real], sharer_position_ids=[send(p) for p in own_of],
-        labels=None if labels is None else put(labels).masked_fill(~send(real), -100), cuts=_find_cuts(act, section, start), last=last, longest=int(own.max()) + 1)
+    where = send(order)
+    count = lambda real: (real.long().cumsum(1) - 1).clamp(min=0)
+    own = count(real) if position_ids is None else position_ids.cpu().gather(1, order)
+    mask = lambda real: None if bool(real.all()) else send(real.long())
+    return Plan(ids=input_ids.gather(1, where), mask=mask(real), position_ids=send(own),
+        sharer_ids=[(input_ids if x is None else x).gather(1, where) for x in ids_of], sharer_masks=[mask(heard[..., j]) for j in range(n)],
+        sharer_position_ids=[send(count(heard[..., j]) if position_ids is None else own) for j in range(n)],
+        labels=None if labels is None else labels.gather(1, where).masked_fill(~send(real), -100), cuts=_find_cuts(act, section, start), last=last[:, 0], longest=int(own.max()) + 1)
+
+# %% ../nbs/04_model.ipynb #def-check-labels
+def _check_labels(
+    marked:Tensor, # (b, t) bool, laid out: where there is a label
+    real:Tensor, # (b, t) bool, laid out
+    begin:int, # column where the last sections begin
+):
+    "Raises `ValueError` for labels that get no prediction, or none at all."
+    marked = marked & real
+    lost = marked & (torch.arange(marked.shape[1]) <= begin)
+    lost[:, begin] &= real[:, :begin].any(1)                     # a text's very first token is never predicted, as everywhere
+    if lost.any():
+        row = int(lost.any(1).nonzero()[0])
+        raise ValueError(f"labels supervise {int(lost[row].sum())} positions of row {row} that get no prediction: only what comes after the first token of the last section can be learned. "
+            "Set the others to -100, or let the last section begin at the last prompt token (give `active` for the prompt without its last token)")
+    if not marked.any(): raise ValueError("labels supervise nothing: every entry is -100 or padding")
 
 # %% ../nbs/04_model.ipynb #def-read
 def _read(
