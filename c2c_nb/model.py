@@ -353,13 +353,13 @@ def prefill(self:C2CModel,
     sections:Tensor|None=None, # (b, t) int: where to cut; None: where `active` changes
     position_ids:Tensor|None=None, # (b, t); None: counted over tokens
     cache:Cache|None=None, # a cache to continue: `input_ids` is the whole text, only what is new is read
-)->FusedCache: # all but the last section
-    """Read and fuse a prompt up to its last section. `receiver.generate(input_ids, past_key_values=cache)` goes on from there.
+)->FusedCache: # all but the last token; with `sections` given, all but the last section
+    """Read and fuse a prompt, except for what is to be read over the fused cache. `receiver.generate(input_ids, past_key_values=cache)` goes on from there.
 
     Rows are padded on the left in the cache, wherever the padding was in `input_ids`. Raises `ValueError` for bad input."""
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, cache=cache)
     cache = FusedCache.of(cache, len(self.sharers))
-    self._run(plan, cache, max(plan.ids.shape[1] - int(plan.last.min()), cache.get_seq_length()))
+    self._run(plan, cache, max(plan.ids.shape[1] - (1 if sections is None else int(plan.last.min())), cache.get_seq_length()))
     return cache
 
 # %% ../nbs/04_model.ipynb #def-forward
