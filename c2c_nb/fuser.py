@@ -49,8 +49,8 @@ def depth_nearest(
 # %% ../nbs/02_fuser.ipynb #1d600bc3
 layer_maps = {f.__name__: f for f in (last_aligned, depth_nearest)}
 
-# %% ../nbs/02_fuser.ipynb #cc0c81db
-_swap_lock = threading.Lock() # functional_call swaps a module's parameters while it runs: one thread at a time
+# %% ../nbs/02_fuser.ipynb #470b940f
+_swap_lock = threading.Lock() # functional_call swaps a module's parameters while it runs, so one thread at a time
 
 # %% ../nbs/02_fuser.ipynb #def-stackedprojector
 class StackedProjector(nn.Module):
@@ -78,11 +78,15 @@ class StackedProjector(nn.Module):
 
     def forward(self, sharer_keys, sharer_values, receiver_keys, receiver_values, u=None, layers=slice(None), keys=True, values=True):
         "Like `Projector.forward`, every tensor with a layer dimension in front; `layers` is the slice of the stack that they belong to."
-        parameters = {n: p[layers] for n, p in self.projector.named_parameters()}
-        def one(parameters, *kv):
-            return tuple(x for x in functional_call(self.projector, parameters, kv, dict(keys=keys, values=values)) if x is not None)
         kv = (sharer_keys, sharer_values, receiver_keys, receiver_values) + (() if u is None else (u,))
-        with _swap_lock: out = vmap(one, randomness='different')(parameters, *kv)
+        whole, halves = len(sharer_keys) == self.layers, dict(keys=keys, values=values)
+        if self.projector.stackable and whole: return self.projector(*kv, **halves)
+        parameters = {n: p if whole else p[layers] for n, p in self.projector.named_parameters()}
+        def call(parameters, *kv): return functional_call(self.projector, parameters, kv, halves)
+        def one(parameters, *kv): return tuple(x for x in call(parameters, *kv) if x is not None)
+        with _swap_lock:
+            if self.projector.stackable: return call(parameters, *kv)
+            out = vmap(one, randomness='different')(parameters, *kv)
         out = iter(out)
         return next(out) if keys else None, next(out) if values else None
 
@@ -196,7 +200,6 @@ class Fuser(nn.Module, ModelHubMixin, library_name='c2c_nb'):
         if soft: gates = [(j is not None,)*2 for j in self.layer_map]
         elif gates is None: gates = self.open_gates()
         for layers, stack in zip(self.groups, self.stacks):
-            dtype = next(stack.parameters()).dtype
             gather = lambda kv, which, half: torch.stack([kv[i][half].to(device=self.device, non_blocking=True) for i in which])
             start = 0
             while start < len(layers):                           # runs of neighbouring layers with the same gates open: slices of the stack, no copies of weights
@@ -207,7 +210,7 @@ class Fuser(nn.Module, ModelHubMixin, library_name='c2c_nb'):
                 mapped = [self.layer_map[i] for i in run]
                 rk, rv = gather(receiver_kv, run, 0), gather(receiver_kv, run, 1)
                 u = self.draw_u(len(run), rk[0]) if soft else None
-                fused = stack(gather(sharer_kv, mapped, 0).to(dtype), gather(sharer_kv, mapped, 1).to(dtype), rk, rv, u, slice(start_, stop), keys, values)
+                fused = stack(gather(sharer_kv, mapped, 0), gather(sharer_kv, mapped, 1), rk, rv, u, slice(start_, stop), keys, values)
                 if active is not None: fused = [None if x is None else torch.where(active[None, :, None, :, None], x, r) for x, r in zip(fused, (rk, rv))]
                 if finite is not None: finite += [torch.isfinite(x).all() for x in fused if x is not None]
                 halves = [[None]*len(run) if x is None else x.unbind(0) for x in fused]

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Cut', 'Plan', 'FusedCache', 'C2CModel', 'ReplayLayer']
 
-# %% ../nbs/04_model.ipynb #b1594747
+# %% ../nbs/04_model.ipynb #e8457845
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -245,6 +246,14 @@ def _check_labels(
             "Set the others to -100, or let the last section begin at the last prompt token (give `active` for the prompt without its last token)")
     if not marked.any(): raise ValueError("labels supervise nothing: every entry is -100 or padding")
 
+# %% ../nbs/04_model.ipynb #def-keywords
+@functools.cache
+def _keywords(
+    cls:type, # a model class
+)->frozenset: # names of the keywords that its `forward` takes
+    "Which keywords a model takes."
+    return frozenset(inspect.signature(cls.forward).parameters)
+
 # %% ../nbs/04_model.ipynb #def-read
 def _read(
     model:PreTrainedModel, # receiver or sharer
@@ -256,7 +265,7 @@ def _read(
 ):
     "Let a model read some columns into its cache."
     body = model if logits else model.base_model
-    known = inspect.signature(body.forward).parameters
+    known = _keywords(type(body))
     extra = dict(position_ids=position_ids) if 'position_ids' in known else {}
     if logits and 'logits_to_keep' in known: extra['logits_to_keep'] = logits
     out = body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)

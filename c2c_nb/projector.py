@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gate_noise', 'exponential_temperature', 'linear_temperature', 'register_projector', 'get_projector', 'Projector',
-           'flatten_heads', 'unflatten_heads', 'FeedForward', 'FeedForwardStack', 'C2CProjector']
+           'flatten_heads', 'unflatten_heads', 'Linear', 'RMSNorm', 'FeedForward', 'FeedForwardStack', 'C2CProjector']
 
 # %% ../nbs/01_projector.ipynb #b197984c
 import inspect
@@ -71,6 +71,7 @@ class Projector(nn.Module):
     """One receiver layer: sharer and receiver keys and values in, fused ones out.
 
     Position-wise: what comes out at a position depends on that position alone. A subclass implements `delta`."""
+    stackable = False # True: `delta` also works with parameters and inputs that have a layer dimension in front
     def __init__(self,
         sharer_heads:int, # KV heads of the sharer layer
         sharer_dim:int, # head dim of the sharer layer
@@ -110,7 +111,8 @@ class Projector(nn.Module):
         "One half: receiver plus gated delta, summed in fp32 and rounded once."
         if delta is None: return None
         delta = delta.float()
-        if self.soft: delta = delta * torch.sigmoid((logit.float() + gate_noise(u, self.gate_noise)) / self.gate_temperature.float())
+        if self.gate: logit = logit[..., None, None, None, None].float()
+        if self.soft: delta = delta * torch.sigmoid((logit + gate_noise(u, self.gate_noise)) / self.gate_temperature.float())
         fused = (receiver.float() + delta if self.residual else delta).to(receiver.dtype)
         return torch.where(logit > 0, fused, receiver) if self.gate and not self.soft else fused
 
@@ -125,26 +127,39 @@ class Projector(nn.Module):
     )->tuple[Tensor|None, Tensor|None]: # fused keys and values, (b, h, t, d) of the receiver; None for a half not wanted
         "Fused keys and values of one layer. Raises `ValueError` when the gates are tossed and `u` is missing."
         if self.soft and u is None: raise ValueError("gates are tossed in training: give uniform draws u of shape (2, b, h, t, 1), or call .eval(), or use gate_noise=None")
-        dk, dv = self.delta(sharer_key, sharer_value, receiver_key, receiver_value, keys, values)
-        uk, uv = (None, None) if u is None else (u[0], u[1])
+        dtype = next((p.dtype for p in self.parameters()), receiver_key.dtype)
+        dk, dv = self.delta(*(x.to(dtype) for x in (sharer_key, sharer_value, receiver_key, receiver_value)), keys, values)
+        uk, uv = (None, None) if u is None else u.unbind(-5)
         lk, lv = (self.key_gate_logit, self.value_gate_logit) if self.gate else (None, None)
         return self.fuse(receiver_key, dk, lk, uk), self.fuse(receiver_value, dv, lv, uv)
 
 # %% ../nbs/01_projector.ipynb #def-flatten-heads
 def flatten_heads(
-    x:Tensor, # (b, h, t, d)
-)->Tensor: # (b*t, h*d)
+    x:Tensor, # (..., b, h, t, d)
+)->Tensor: # (..., b*t, h*d)
     "All heads of a position side by side, one row for each position."
-    return x.transpose(1, 2).reshape(-1, x.shape[1]*x.shape[3])
+    return x.transpose(-3, -2).flatten(-2).flatten(-3, -2)
 
 # %% ../nbs/01_projector.ipynb #def-unflatten-heads
 def unflatten_heads(
-    x:Tensor, # (b*t, h*d)
-    like:Tensor, # a tensor with the wanted b and t, (b, ·, t, ·)
+    x:Tensor, # (..., b*t, h*d)
+    like:Tensor, # a tensor with the wanted b and t, (..., b, ·, t, ·)
     heads:int, # h
-)->Tensor: # (b, h, t, d)
+)->Tensor: # (..., b, h, t, d)
     "The inverse of `flatten_heads`."
-    return x.view(like.shape[0], like.shape[2], heads, -1).transpose(1, 2)
+    return x.unflatten(-1, (heads, -1)).unflatten(-3, (like.shape[-4], like.shape[-2])).transpose(-3, -2)
+
+# %% ../nbs/01_projector.ipynb #def-linear
+class Linear(nn.Linear):
+    "A linear layer whose weight may have a layer dimension in front: (..., out, in)."
+    def forward(self, x):
+        out = x @ self.weight.mT
+        return out if self.bias is None else out + self.bias.unsqueeze(-2).to(out.dtype)
+
+# %% ../nbs/01_projector.ipynb #def-rmsnorm
+class RMSNorm(nn.RMSNorm):
+    "A root mean square norm whose weight may have a layer dimension in front: (..., dim)."
+    def forward(self, x): return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight.unsqueeze(-2)
 
 # %% ../nbs/01_projector.ipynb #def-feedforward
 class FeedForward(nn.Module):
@@ -155,8 +170,8 @@ class FeedForward(nn.Module):
         dropout:float=0., # on the branch, before it is added
     ):
         super().__init__()
-        self.norm, self.dropout = nn.RMSNorm(dim, eps=1e-6), nn.Dropout(dropout)
-        self.w1, self.w2 = nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.norm, self.dropout = RMSNorm(dim, eps=1e-6), nn.Dropout(dropout)
+        self.w1, self.w2 = Linear(dim, hidden, bias=False), Linear(hidden, dim, bias=False)
     def forward(self, x): return x + self.dropout(self.w2(F.gelu(self.w1(self.norm(x)))))
 
 # %% ../nbs/01_projector.ipynb #def-feedforwardstack
@@ -175,6 +190,7 @@ class C2CProjector(Projector):
     """The projector of Cache-to-Cache (arXiv 2510.03215, section 3.3), with parts that can be turned off.
 
     `ablation` names the paper's steps (Table 8): `C2CProjector(..., **C2CProjector.ablations['project'])`."""
+    stackable = True
     ablations = dict(
         project=dict(gate=False, weights=False, residual=False, read_receiver=False),
         residual=dict(gate=False, weights=False),
@@ -201,13 +217,13 @@ class C2CProjector(Projector):
         target = receiver_heads*receiver_dim
         source = sharer_heads*sharer_dim + (target if read_receiver else 0)
         for x in 'key', 'value':
-            self.add_module(f'{x}_in', nn.Linear(source, hidden_dim))
+            self.add_module(f'{x}_in', Linear(source, hidden_dim))
             self.add_module(f'{x}_mlp1', FeedForwardStack(hidden_dim, intermediate_dim, 1, dropout))
             if weights:
                 self.add_module(f'{x}_scalar_mlp2', FeedForwardStack(hidden_dim, hidden_dim, 1, dropout))
-                self.add_module(f'{x}_scalar_head', nn.Linear(hidden_dim, receiver_heads))
+                self.add_module(f'{x}_scalar_head', Linear(hidden_dim, receiver_heads))
             self.add_module(f'{x}_proj_mlp2', FeedForwardStack(hidden_dim, intermediate_dim, num_layers-2, dropout))
-            self.add_module(f'{x}_proj_out', nn.Linear(hidden_dim, target))
+            self.add_module(f'{x}_proj_out', Linear(hidden_dim, target))
             if zero_init:
                 out = self.get_submodule(f'{x}_proj_out')
                 nn.init.zeros_(out.weight); nn.init.zeros_(out.bias)
@@ -217,10 +233,10 @@ class C2CProjector(Projector):
         part = lambda name: self.get_submodule(f'{x}_{name}')
         inputs = flatten_heads(sharer)
         if self.read_receiver: inputs = torch.cat([inputs, flatten_heads(receiver)], dim=-1)
-        hidden = part('mlp1')(part('in')(inputs))                                                                # (b*t, hidden_dim)
-        projected = unflatten_heads(part('proj_out')(part('proj_mlp2')(hidden)), receiver, self.receiver_heads)  # (b, h, t, d)
+        hidden = part('mlp1')(part('in')(inputs))                                                                # (..., b*t, hidden_dim)
+        projected = unflatten_heads(part('proj_out')(part('proj_mlp2')(hidden)), receiver, self.receiver_heads)  # (..., b, h, t, d)
         if not self.weights: return projected, None
-        weight = torch.sigmoid(part('scalar_head')(part('scalar_mlp2')(hidden)))                                 # (b*t, h)
+        weight = torch.sigmoid(part('scalar_head')(part('scalar_mlp2')(hidden)))                                 # (..., b*t, h)
         return projected, unflatten_heads(weight, receiver, self.receiver_heads)
 
     def delta(self, sharer_key, sharer_value, receiver_key, receiver_value, keys=True, values=True):
