@@ -52,6 +52,7 @@ class KVGeometry:
         """The geometry of `model`'s cache.
 
         Raises `ValueError` for a model that has layers without attention keys and values, or whose keys and values differ in width."""
+        if not isinstance(model, (PreTrainedModel, PreTrainedConfig)): raise ValueError(f"a transformers model or config is needed, {type(model).__name__} was given: load it first, for instance with AutoModelForCausalLM.from_pretrained")
         config = model.config if isinstance(model, PreTrainedModel) else model
         name = getattr(config, 'name_or_path', '') or config.model_type
         try: cache = _probe(type(model) if isinstance(model, PreTrainedModel) else None, config)
@@ -94,11 +95,12 @@ def read_layer(
 )->tuple[Tensor, Tensor]: # keys and values, views of (b, h, stop-start, d)
     """Keys and values of one layer at positions `start` to `stop`.
 
-    Raises `IndexError` where the cache has no such layer, or no longer (or not yet) holds these positions."""
+    Raises `IndexError` where the cache has no such layer, or no longer (or not yet) holds these positions; `ValueError` for a static cache."""
     if not 0 <= layer < len(cache.layers): raise IndexError(f"layer {layer} was asked for, but the cache has {len(cache.layers)} layers")
     kv, seen = cache.layers[layer], cache.layers[layer].get_seq_length()
     stop = seen if stop is None else stop
     first = seen - (kv.keys.shape[-2] if seen else 0)
+    if first < 0: raise ValueError(f"layer {layer} is a {type(kv).__name__}, which allocates room for {kv.keys.shape[-2]} positions in advance and holds {seen}: use a DynamicCache")
     if not first <= start <= stop <= seen:
         raise IndexError(f"layer {layer}: positions {start} to {stop} were asked for, but the cache holds {first} to {seen}"
             + (" (a sliding window has dropped what came before)" if first else ""))

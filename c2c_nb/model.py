@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cut', 'Plan', 'FusedCache', 'C2CModel', 'ReplayLayer']
 
-# %% ../nbs/04_model.ipynb #e8457845
+# %% ../nbs/04_model.ipynb #3dce8365
 import functools
 import inspect
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
+from .cache import KVGeometry, clone_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
 from .fuser import Fuser
 
 # %% ../nbs/04_model.ipynb #def-cut
@@ -47,11 +47,9 @@ class Plan:
 # %% ../nbs/04_model.ipynb #def-sections-of
 def _sections_of(
     active:Tensor, # (b, t, sharers) bool, packed
-    real:Tensor, # (b, t) bool, packed
 )->Tensor: # (b, t) number of each position's section in its row
     "Cut wherever the set of active sharers changes."
-    change = (active[:, 1:] != active[:, :-1]).any(-1) & real[:, 1:] & real[:, :-1]
-    return F.pad(change.int().cumsum(1), (1, 0))
+    return F.pad((active[:, 1:] != active[:, :-1]).any(-1).int().cumsum(1), (1, 0))
 
 # %% ../nbs/04_model.ipynb #def-expect
 def _expect(
@@ -84,21 +82,56 @@ def _find_cuts(
 
 # %% ../nbs/04_model.ipynb #def-fusedcache
 class FusedCache(DynamicCache):
-    """The receiver's cache, an ordinary `DynamicCache` that keeps every position, with the sharers' caches beside it so that a text can be continued."""
+    """The receiver's cache, an ordinary `DynamicCache` that keeps every position, with the sharers' caches beside it so that a text can be continued.
+
+    Sharers read on from where they are. Cropping crops them too; after anything that changes the rows they start over."""
     def __init__(self, sharers:int):
         super().__init__()
         self.sharers = [DynamicCache() for _ in range(sharers)]
+        self.fused = None                                        # (b, t, sharers) bool: where each sharer was fused; None: not known
 
-    @classmethod
-    def of(cls, cache:Cache|None, sharers:int)->'FusedCache':
-        "A fused cache that goes on where `cache` is. One that knows no sharers makes them read from the start."
-        if cache is None: return cls(sharers)
-        if not isinstance(cache, Cache): raise ValueError(f"cache must be a transformers Cache, {type(cache).__name__} was given")
-        if isinstance(cache, cls):
-            if len(cache.sharers) != sharers: raise ValueError(f"this cache was made with {len(cache.sharers)} sharers, the model has {sharers}")
-            return cache
-        new = cls(sharers); new.layers = cache.layers
+    def __copy__(self):
+        new = type(self)(0)
+        new.__dict__.update(self.__dict__)
+        new.sharers = [clone_cache(s) for s in self.sharers]
         return new
+
+    def crop(self, tokens_to_remove:int):
+        super().crop(tokens_to_remove)
+        for s in self.sharers: s.crop(min(self.get_seq_length() - s.get_seq_length(), 0))
+        if self.fused is not None: self.fused = self.fused[:, :self.get_seq_length()]
+
+    def _start_over(self): self.sharers, self.fused = [DynamicCache() for _ in self.sharers], None
+    def reset(self): super().reset(); self._start_over()
+    def reorder_cache(self, beam_idx): super().reorder_cache(beam_idx); self._start_over()
+    def batch_repeat_interleave(self, repeats): super().batch_repeat_interleave(repeats); self._start_over()
+    def batch_select_indices(self, indices): super().batch_select_indices(indices); self._start_over()
+
+# %% ../nbs/04_model.ipynb #def-continue
+def _continue(
+    cache:Cache|None, # what was read so far
+    geometry:KVGeometry, # of the receiver
+    rows:int, # of the batch
+    sharers:int, # of the model
+)->FusedCache: # a clone to work on, or an empty one
+    "Raises `ValueError` for a cache that cannot be continued."
+    if cache is None: return FusedCache(sharers)
+    if not isinstance(cache, Cache): raise ValueError(f"cache must be a transformers Cache, {type(cache).__name__} was given")
+    if isinstance(cache, FusedCache):
+        if len(cache.sharers) != sharers: raise ValueError(f"this cache was made with {len(cache.sharers)} sharers, the model has {sharers}")
+        work = clone_cache(cache)
+    else:
+        work = FusedCache(sharers)
+        work.layers = clone_cache(cache).layers
+    seen = work.get_seq_length()
+    if not seen: return FusedCache(sharers)
+    if len(work.layers) != geometry.layers: raise ValueError(f"the cache has {len(work.layers)} layers, the receiver has {geometry.layers}: it belongs to another model")
+    for i, layer in enumerate(work.layers):
+        if not isinstance(layer, DynamicLayer) or layer.is_sliding or layer.keys.shape[-2] != seen:
+            raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which does not keep all {seen} positions as they are: continue a cache made by `prefill`, or a `DynamicCache()` made without a config")
+        if layer.keys.shape[1::2] != geometry.layer(i): raise ValueError(f"layer {i} of the cache has {layer.keys.shape[1]} KV heads of width {layer.keys.shape[3]}, the receiver has {geometry.layer(i)}: it belongs to another model")
+        if layer.keys.shape[0] != rows: raise ValueError(f"the cache was made for {layer.keys.shape[0]} rows, input_ids has {rows}")
+    return work
 
 # %% ../nbs/04_model.ipynb #def-c2cmodel
 class C2CModel(nn.Module):
@@ -113,6 +146,8 @@ class C2CModel(nn.Module):
         check:bool=True, # compare fusers and models before anything is run
     ):
         super().__init__()
+        for name, x in (('sharers', sharers), ('fusers', fusers)):
+            if isinstance(x, (PreTrainedModel, Fuser)): raise ValueError(f"{name} must be a list, a {type(x).__name__} was given: write [{name[:-1]}]")
         sharers, fusers = list(sharers), list(fusers)
         if not sharers: raise ValueError("no sharers were given; at least one is needed")
         if len(sharers) != len(fusers): raise ValueError(f"{len(sharers)} sharers but {len(fusers)} fusers were given: give one fuser for each sharer, in the same order")
@@ -135,12 +170,13 @@ class C2CModel(nn.Module):
 # %% ../nbs/04_model.ipynb #def-check
 @patch
 def _check(self:C2CModel, input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels):
-    "Check shapes, devices and vocabularies; the sharers' ids and masks as lists."
+    "Check types, shapes and devices; the sharers' ids and masks as lists."
     n = len(self.sharers)
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
         raise ValueError(f"input_ids must be a tensor of shape (batch, positions), {tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__} was given")
     shape, device = tuple(input_ids.shape), input_ids.device
     if 0 in shape: raise ValueError(f"input_ids has shape {shape}: an empty prompt cannot be answered; give at least one token")
+    if input_ids.dtype not in (torch.long, torch.int): raise ValueError(f"input_ids are {input_ids.dtype}, token ids must be integers (torch.long)")
     if device != self.receiver.device: raise ValueError(f"input_ids are on {device}, the receiver is on {self.receiver.device}: move the ids there")
     for name, x in dict(attention_mask=attention_mask, sections=sections, position_ids=position_ids, labels=labels).items():
         if x is not None: _expect(name, x, shape, device)
@@ -153,12 +189,20 @@ def _check(self:C2CModel, input_ids, attention_mask, sharer_input_ids, sharer_at
         for j, x in enumerate(xs):
             if x is not None: _expect(f'{name}[{j}]', x, shape, device)
         lists.append(xs)
-    known = lambda model: model.get_input_embeddings().weight.shape[0]
-    for j, (sharer, ids) in enumerate(zip(self.sharers, lists[0])):
-        ids = input_ids if ids is None and known(sharer) < known(self.receiver) else ids         # the receiver's ids may be too large for it
-        if ids is not None and int(ids.max()) >= known(sharer):
-            raise ValueError(f"the ids for sharer {j} go up to {int(ids.max())}, its vocabulary has {known(sharer)}: give ids of its own tokenizer as sharer_input_ids")
     return lists
+
+# %% ../nbs/04_model.ipynb #def-check-ids
+def _check_ids(
+    name:str, # whose ids
+    ids:Tensor, # (b, t)
+    mask:Tensor|None, # (b, t) which of them are read; None: all
+    model:PreTrainedModel, # who reads them
+):
+    "Raises `ValueError` for ids outside of a model's vocabulary, where they are read."
+    size = model.get_input_embeddings().weight.shape[0]
+    if mask is not None: ids = ids.masked_fill(mask == 0, 0)
+    low, high = torch.stack([ids.min(), ids.max()]).tolist()
+    if low < 0 or high >= size: raise ValueError(f"the ids for the {name} go from {low} to {high}, its vocabulary has {size} (0 to {size-1}): give ids of its own tokenizer")
 
 # %% ../nbs/04_model.ipynb #def-plan-2
 @patch
@@ -171,7 +215,7 @@ def plan(self:C2CModel,
     sections:Tensor|None=None, # (b, t) int, not falling along a row: where to cut; None: where `active` changes
     position_ids:Tensor|None=None, # (b, t) for all models; None: counted over each model's own tokens
     labels:Tensor|None=None, # (b, t) targets, -100 where there is none
-    cache:Cache|None=None, # what has been read already; the batch is then taken as it is laid out
+    cache:FusedCache|None=None, # what has been read already; the batch is then taken as it is laid out
     align:str='end', # 'end': rows end together, to generate; 'section': their last sections begin together, to train
 )->Plan:
     "Check a batch, lay it out and find where to cut it. Raises `ValueError` saying what is wrong with it."
@@ -183,8 +227,11 @@ def plan(self:C2CModel,
     real = torch.ones(b, t, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if not real.any(1).all(): raise ValueError(f"row {int((~real.any(1)).nonzero()[0])} of attention_mask is all padding: remove it from the batch, there is nothing to answer")
     heard = torch.stack([real if m is None else m.cpu().bool() for m in masks_of], -1)
+    _check_ids('receiver', input_ids, attention_mask, self.receiver)
+    for j in range(n): _check_ids(f'sharer {j}', input_ids if ids_of[j] is None else ids_of[j], attention_mask if masks_of[j] is None else masks_of[j], self.sharers[j])
     final = t - 1 - real.flip(1).int().argmax(1, keepdim=True)   # a row ends with the receiver's last token
     keep = (real | heard.any(-1)) & (column <= final)
+    heard = heard & keep[..., None]
     if cache is not None and not real[:, -1].all(): raise ValueError(f"row {int((~real[:, -1]).nonzero()[0])} ends in padding: a text that continues a cache must end in a token in every row")
 
     # pack: each row's tokens at the right end, in order
@@ -195,12 +242,14 @@ def plan(self:C2CModel,
     else: act = keep[..., None].expand(b, t, n)
 
     # sections: the last one is never fused; without `sections` given it is at least the last token
+    before = torch.where(keep, column, -1).cummax(1).values      # padding within a row goes with the token before it, padding in front with the first token
+    before = torch.where(before < 0, keep.int().argmax(1, keepdim=True), before)
     if sections is None:
         act = act & (column < t-1)[:, None]
-        section = _sections_of(act, keep)
+        section = _sections_of(take(act, before))
     else:
-        section = take(sections.cpu().long(), order)
-        if ((section[:, 1:] < section[:, :-1]) & keep[:, 1:] & keep[:, :-1]).any(): raise ValueError("sections fall along a row: number them in the order in which they are read")
+        section = take(take(sections.cpu().long(), order), before)
+        if (section[:, 1:] < section[:, :-1]).any(): raise ValueError("sections fall along a row: number them in the order in which they are read")
     in_last = keep & (section == section[:, -1:])
     last = in_last.sum(1, keepdim=True)
     heeded = torch.tensor([f.soft or any(map(any, f.open_gates())) for f in self.fusers])       # a fuser whose gates are all closed asks for no cut
@@ -215,9 +264,16 @@ def plan(self:C2CModel,
         inside, source = (source >= 0) & (source < t), source.clamp(0, t-1)
         order, section = order.gather(1, source), section.gather(1, source)
         real, heard, act = take(real, source) & inside, take(heard, source) & inside[..., None], take(act, source) & inside[..., None]
+    elif align == 'section' and (last != last[0]).any():
+        raise ValueError(f"the last sections have {last[:, 0].tolist()} tokens: on a cache they must be equally long in every row, so that they begin together")
     start = 0 if cache is None else cache.get_seq_length()
     if start >= width: raise ValueError(f"the cache holds {start} positions, input_ids only {width}: give the whole text, with at least one token that is not in the cache yet")
-    if start and cache.layers[0].keys.shape[0] != b: raise ValueError(f"the cache was made for {cache.layers[0].keys.shape[0]} rows, input_ids has {b}")
+    if active is not None and cache is not None and cache.fused is not None:
+        known = min(start, cache.fused.shape[1])
+        late = act[:, :start] & ~F.pad(cache.fused[:, :known], (0, 0, 0, start - known))
+        if late.any():
+            row, col, j = late.nonzero()[0].tolist()
+            raise ValueError(f"active asks for sharer {j} at position {col} of row {row}, which was read into the cache without it: what has been read cannot be fused later. Leave it inactive there, or prefill anew")
     if labels is not None: _check_labels(labels.cpu().gather(1, order) != -100, real, width - int(last.max()))
 
     send = lambda x: x.to(device, non_blocking=True)
@@ -226,7 +282,7 @@ def plan(self:C2CModel,
     own = count(real) if position_ids is None else position_ids.cpu().gather(1, order)
     mask = lambda real: None if bool(real.all()) else send(real.long())
     return Plan(ids=input_ids.gather(1, where), mask=mask(real), position_ids=send(own),
-        sharer_ids=[(input_ids if x is None else x).gather(1, where) for x in ids_of], sharer_masks=[mask(heard[..., j]) for j in range(n)],
+        sharer_ids=[(input_ids if x is None else x).gather(1, where).masked_fill(~send(heard[..., j]), 0) for j, x in enumerate(ids_of)], sharer_masks=[mask(heard[..., j]) for j in range(n)],
         sharer_position_ids=[send(count(heard[..., j]) if position_ids is None else own) for j in range(n)],
         labels=None if labels is None else labels.gather(1, where).masked_fill(~send(real), -100), cuts=_find_cuts(act, section, start), last=last[:, 0], longest=int(own.max()) + 1)
 
@@ -322,7 +378,8 @@ def _fuse_unrotated(self:C2CModel, fuser, j, theirs, ours, active, plan, start, 
 @patch
 def _run(self:C2CModel, plan, cache, stop):
     "Read and fuse up to column `stop`; sharers read as far as they are needed."
-    finite = None if torch.is_grad_enabled() else []
+    finite = None if self.training else []
+    if not cache.get_seq_length(): cache.fused = torch.zeros(len(plan.ids), 0, len(self.sharers), dtype=torch.bool)
     graph = any(p.requires_grad for p in self.receiver.parameters())       # does a gradient reach the receiver's pass?
     def cut_mask(mask, stop): return None if mask is None else mask[:, :stop]
     for cut in [*plan.cuts, Cut(stop)]:
@@ -337,6 +394,9 @@ def _run(self:C2CModel, plan, cache, stop):
             with torch.no_grad(): _read(sharer, plan.sharer_ids[j][:, begin:cut.stop], cut_mask(plan.sharer_masks[j], cut.stop), plan.sharer_position_ids[j][:, begin:cut.stop], theirs)
         self._fuse(cache, cut, plan, finite)
         graph = True
+        if cache.fused is None: continue
+        cache.fused = F.pad(cache.fused, (0, 0, 0, cut.stop - cache.fused.shape[1]))
+        cache.fused[:, cut.start:cut.stop] |= cut.active
     if finite and not bool(torch.stack([f.to(finite[0].device) for f in finite]).all()): self._explain(cache)
     return graph
 
@@ -349,6 +409,20 @@ def _explain(self:C2CModel, cache):
             for half, x in (('keys', layer.keys), ('values', layer.values)):
                 if not torch.isfinite(x).all(): raise ValueError(f"sharer {j} has NaN or inf in the {half} of layer {i}; nothing was generated. Load it in bfloat16 or float32, or leave it inactive for this text")
     raise ValueError("fusing gave NaN or inf although all sharers' caches are finite; nothing was generated. Look at the fuser's weights, or run it in float32")
+
+# %% ../nbs/04_model.ipynb #def-open
+@patch
+def _open(self:C2CModel, cache, input_ids):
+    "A clone of `cache` to work on; None where nothing was read."
+    return None if cache is None else _continue(cache, self.fusers[0].receiver_geometry, len(input_ids), len(self.sharers))
+
+# %% ../nbs/04_model.ipynb #def-close
+@patch
+def _close(self:C2CModel, cache, work):
+    "Take over into the caller's cache what was done on a clone of it."
+    if isinstance(cache, FusedCache): cache.__dict__.update(work.__dict__); return cache
+    if cache is not None: cache.layers = work.layers             # a plain cache goes along; the sharers' caches are in what is returned
+    return work
 
 # %% ../nbs/04_model.ipynb #def-prefill
 @patch
@@ -366,10 +440,11 @@ def prefill(self:C2CModel,
     """Read and fuse a prompt, except for what is to be read over the fused cache. `receiver.generate(input_ids, past_key_values=cache)` goes on from there.
 
     Rows are padded on the left in the cache, wherever the padding was in `input_ids`. Raises `ValueError` for bad input."""
-    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, cache=cache)
-    cache = FusedCache.of(cache, len(self.sharers))
-    self._run(plan, cache, max(plan.ids.shape[1] - (1 if sections is None else int(plan.last.min())), cache.get_seq_length()))
-    return cache
+    work = self._open(cache, input_ids)
+    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, cache=work)
+    if work is None: work = FusedCache(len(self.sharers))
+    self._run(plan, work, max(plan.ids.shape[1] - (1 if sections is None else int(plan.last.min())), work.get_seq_length()))
+    return self._close(cache, work)
 
 # %% ../nbs/04_model.ipynb #def-forward
 @patch
@@ -387,16 +462,17 @@ def forward(self:C2CModel,
     """Logits of the last section, and the mean loss over its labels.
 
     Last sections begin together: row i's logits are `logits[i, :n]`, n being the length of its last section. Raises `ValueError` for bad input, labels outside the last section included."""
-    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, cache, align='section')
-    cache, t, n = FusedCache.of(cache, len(self.sharers)), plan.ids.shape[1], int(plan.last.max())
-    stop = plan.cuts[-1].stop if plan.cuts else cache.get_seq_length()
-    graph = self._run(plan, cache, stop)
-    n = min(n, t - stop)
+    work = self._open(cache, input_ids)
+    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, work, align='section')
+    t, stop = plan.ids.shape[1], plan.cuts[-1].stop if plan.cuts else 0 if work is None else work.get_seq_length()
+    if work is None: work = FusedCache(len(self.sharers))
+    n = min(int(plan.last.max()), t - stop)
+    graph = self._run(plan, work, stop)
     with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
-        logits = _read(self.receiver, plan.ids[:, stop:], plan.mask, plan.position_ids[:, stop:], cache, logits=n)
+        logits = _read(self.receiver, plan.ids[:, stop:], plan.mask, plan.position_ids[:, stop:], work, logits=n)
     loss = None
     if plan.labels is not None: loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), plan.labels[:, t-n+1:].flatten(), ignore_index=-100)
-    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+    return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=self._close(cache, work))
 
 # %% ../nbs/04_model.ipynb #def-replaylayer
 class ReplayLayer(DynamicLayer):
@@ -431,10 +507,12 @@ def generate(self:C2CModel,
     for name, instead in (('inputs_embeds', 'input_ids'), ('past_key_values', 'cache'), ('inputs', 'input_ids')):
         if kwargs.get(name) is not None: raise ValueError(f"{name} cannot be given here, use {instead}")
     if kwargs.get('use_cache') is False: raise ValueError("use_cache=False was given, but C2C lives in the cache: leave it out")
-    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, cache=cache)
+    work = self._open(cache, input_ids)
+    plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, cache=work)
     if plan.cuts:
-        cache = FusedCache.of(cache, len(self.sharers))
-        self._run(plan, cache, plan.cuts[-1].stop)
+        if work is None: work = FusedCache(len(self.sharers))
+        self._run(plan, work, plan.cuts[-1].stop)
+    cache = None if work is None else self._close(cache, work)
     if cache is not None:
         config = kwargs.get('generation_config') or self.receiver.generation_config
         copies = max(kwargs.get(k) or getattr(config, k, None) or 1 for k in ('num_beams', 'num_return_sequences'))
