@@ -21,6 +21,8 @@ def _probe(
     config:PreTrainedConfig, # config of the model
 )->Cache: # the cache after one token, on the meta device
     "Let a weightless twin of a model read one token."
+    config = copy.deepcopy(config)
+    for c in (config, config.get_text_config(decoder=True)): c.pad_token_id = None       # or some models look for padding among ids that have no values
     with torch.device('meta'):
         twin = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) if model_class is None else model_class(config).to(torch.bfloat16)
         cache = DynamicCache(config=config)
