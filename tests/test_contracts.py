@@ -283,10 +283,10 @@ def test_5_train_and_eval_leave_the_models_alone():
 def test_6_the_receiver_continues_the_cache(receiver):
     c2c, rows = c2c_of(receiver, ['llama']), ragged_rows(1)
     batch = call(lay_out(rows[:4], 'left'))
-    expected = c2c.generate(**batch, max_new_tokens=4)
-    cache = c2c.prefill(**batch)
-    assert isinstance(cache, DynamicCache) and len(cache) == c2c.receiver.config.get_text_config().num_hidden_layers
-    assert torch.equal(c2c.receiver.generate(batch['input_ids'], attention_mask=batch['attention_mask'], past_key_values=cache, max_new_tokens=4), expected)
+    for kw in dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']), batch:
+        expected, cache = c2c.generate(**kw, max_new_tokens=4), c2c.prefill(**kw)
+        assert isinstance(cache, DynamicCache) and len(cache) == c2c.receiver.config.get_text_config().num_hidden_layers
+        assert torch.equal(c2c.receiver.generate(batch['input_ids'], attention_mask=batch['attention_mask'], past_key_values=cache, max_new_tokens=4), expected)
     t = batch['input_ids'].shape[1]
     cache, mask, ids = c2c.prefill(**batch), batch['attention_mask'], batch['input_ids']         # and by hand
     positions = (mask.cumsum(1) - 1).clamp(min=0)
