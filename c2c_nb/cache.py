@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INTERLEAVED_ROPE', 'KVGeometry', 'read_layer', 'write_layer', 'clone_cache', 'build_cache', 'rope_table',
-           'rotate_keys', 'unrotate_keys']
+           'rotate_keys', 'unrotate_keys', 'check_rope']
 
 # %% ../nbs/00_cache.ipynb #016cdc2c
 import copy
@@ -204,3 +204,16 @@ def unrotate_keys(
     "Undo rotary position embedding; the inverse of `rotate_keys`."
     scale = cos*cos + sin*sin
     return rotate_keys(keys, cos/scale, -sin/scale)
+
+# %% ../nbs/00_cache.ipynb #def-check-rope
+@torch.no_grad()
+def check_rope(
+    model:PreTrainedModel, # a causal language model
+):
+    "Raises `ValueError` for a model whose keys are not what `rope_table` can undo, in some layer."
+    position_ids = torch.tensor([[0], [7]], device=model.device)
+    layers = model.base_model(input_ids=torch.ones_like(position_ids), position_ids=position_ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
+    for i, layer in enumerate(layers):                          # a text of one token attends to itself alone, so that in every layer only the rotation differs
+        plain = unrotate_keys(layer.keys, *rope_table(model.config, position_ids, i)).float()
+        if (plain[0] - plain[1]).abs().max() > .05*plain.abs().max():
+            raise ValueError(f"{model.config.model_type}: undoing the rotation of layer {i} does not give the same key at two positions, so this layer rotates in another way, or not at all: keep the fuser's key_space='cache'")

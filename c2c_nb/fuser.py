@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['layer_maps', 'CONFIG', 'WEIGHTS', 'last_aligned', 'depth_nearest', 'with_parameters', 'StackedProjector',
-           'model_facts', 'tokenizer_fingerprint', 'FuserConfig', 'Fuser', 'load_strict']
+           'model_facts', 'tokenizer_fingerprint', 'FuserConfig', 'Fuser']
 
-# %% ../nbs/02_fuser.ipynb #f0bbf699
+# %% ../nbs/02_fuser.ipynb #41d4a118
 import hashlib
 import json
 import os
 import pickle
+import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from transformers import PreTrainedModel
 
-from .cache import KVGeometry, rope_table
+from .cache import KVGeometry, check_rope
 from .projector import Projector, get_projector
 
 # %% ../nbs/02_fuser.ipynb #def-last-aligned
@@ -74,6 +74,7 @@ class StackedProjector(nn.Module):
         super().__init__()
         single = [cls(*shapes, **kwargs) for _ in range(layers)]
         self.projector, self.layers = single[0], layers
+        if extra := dict(single[0].named_buffers()).keys() - {'gate_temperature'}: raise TypeError(f"{cls.__name__} has buffers ({', '.join(sorted(extra))}), which cannot differ between layers here: make them parameters (with requires_grad=False if they are not to be trained)")
         parameters = [dict(p.named_parameters()) for p in single]
         for name in parameters[0]:
             owner, _, leaf = name.rpartition('.')
@@ -101,15 +102,16 @@ class StackedProjector(nn.Module):
 # %% ../nbs/02_fuser.ipynb #def-model-facts
 def model_facts(
     model:PreTrainedModel, # a causal language model
+    revision:str|None=None, # branch, tag or commit it was loaded from
 )->dict: # what a fuser remembers of it
     """Name, revision, kind, sizes and a fingerprint of a model.
 
-    The fingerprint is a hash of the first 64 rows of the input embedding, rounded to bf16, so that it is the same for a model loaded in fp32 and in bf16. In other types, and for weights on the meta device, it is None: not checked."""
-    config, weight = model.config, model.get_input_embeddings().weight
-    exact = weight.dtype in (torch.float32, torch.bfloat16) and weight.device.type != 'meta'
-    rows = weight.detach()[:64].to('cpu', torch.bfloat16).contiguous().view(torch.int16) if exact else None
-    return dict(name=getattr(config, 'name_or_path', '') or None, revision=None, model_type=config.model_type, hidden_size=config.get_text_config(decoder=True).hidden_size, vocab_size=weight.shape[0],
-        weights=None if rows is None else hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16])
+    The fingerprint is a hash of eight values of every weight, rounded to bf16, so that it is the same for a model loaded in fp32 and in bf16. In other types, and for weights that are not in memory, it is None: not checked."""
+    config, weights = model.config, list(model.parameters())
+    exact = all(w.dtype in (torch.float32, torch.bfloat16) and w.device.type != 'meta' for w in weights)
+    sample = torch.cat([w.detach().flatten()[::max(1, w.numel()//8)][:8].to(weights[0].device, torch.bfloat16) for w in weights]).cpu() if exact else None
+    return dict(name=getattr(config, 'name_or_path', '') or None, revision=revision, model_type=config.model_type, hidden_size=config.get_text_config(decoder=True).hidden_size,
+        vocab_size=model.get_input_embeddings().weight.shape[0], weights=None if sample is None else hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16])
 
 # %% ../nbs/02_fuser.ipynb #def-tokenizer-fingerprint
 def tokenizer_fingerprint(
@@ -201,7 +203,7 @@ class Fuser(nn.Module, ModelHubMixin, library_name='c2c_nb'):
         receiver_kv:list[tuple[Tensor, Tensor]], # keys and values (b, h, t, d) of every receiver layer
         gates:list[tuple[bool, bool]]|None=None, # `open_gates()` if already known
         active:Tensor|None=None, # (b, t) positions to fuse; the others keep what the receiver had. None: all
-        finite:list|None=None, # to this list one boolean tensor is appended for each batched call: is all of its result finite?
+        finite:list|None=None, # to this list a boolean tensor is appended for each tensor that was fused: is all of it finite?
     )->list[tuple[Tensor|None, Tensor|None]]: # fused keys and values of every receiver layer; None where nothing changes
         "Fuse all layers. At inference what lies behind a closed gate is not computed."
         soft, out = self.soft, [(None, None)]*len(self.layer_map)
@@ -218,11 +220,16 @@ class Fuser(nn.Module, ModelHubMixin, library_name='c2c_nb'):
                 mapped = [self.layer_map[i] for i in run]
                 rk, rv = gather(receiver_kv, run, 0), gather(receiver_kv, run, 1)
                 u = self.draw_u(len(run), rk[0]) if soft else None
-                fused = stack(gather(sharer_kv, mapped, 0), gather(sharer_kv, mapped, 1), rk, rv, u, slice(start_, stop), keys, values)
-                if active is not None: fused = [None if x is None else torch.where(active[None, :, None, :, None], x, r) for x, r in zip(fused, (rk, rv))]
+                sk, sv = gather(sharer_kv, mapped, 0), gather(sharer_kv, mapped, 1)
+                if active is not None:
+                    where = active.to(self.device)[None, :, None, :, None]
+                    if torch.is_grad_enabled(): sk, sv = sk.masked_fill(~where, 0), sv.masked_fill(~where, 0)     # or NaN there would reach the gradient
+                fused = stack(sk, sv, rk, rv, u, slice(start_, stop), keys, values)
+                if active is not None: fused = [None if x is None else torch.where(where, x, r) for x, r in zip(fused, (rk, rv))]
                 if finite is not None: finite += [torch.isfinite(x).all() for x in fused if x is not None]
                 halves = [[None]*len(run) if x is None else x.unbind(0) for x in fused]
-                for i, k, v in zip(run, *halves): out[i] = (k, v)
+                home = lambda x, old: x if x is None else x.to(old.device)
+                for i, k, v in zip(run, *halves): out[i] = (home(k, receiver_kv[i][0]), home(v, receiver_kv[i][1]))
         return out
 
     def extra_repr(self):
@@ -239,6 +246,8 @@ def from_models(cls:Fuser,
     key_space:str='cache', # 'cache' or 'unrotated'
     receiver_tokenizer=None, # the receiver's tokenizer; its fingerprint is kept
     sharer_tokenizer=None, # the sharer's tokenizer, if it has another
+    receiver_revision:str|None=None, # branch, tag or commit the receiver was loaded from
+    sharer_revision:str|None=None, # the same of the sharer
     **projector_args, # keywords of the projector class, such as `hidden_dim`
 )->Fuser:
     """A new, untrained fuser for two models.
@@ -250,7 +259,7 @@ def from_models(cls:Fuser,
         layer_map = layer_maps[layer_map](r.layers, s.layers)
     fingerprint = lambda t: None if t is None else tokenizer_fingerprint(t)
     return cls(FuserConfig(projector=get_projector(projector).__name__, projector_args=projector_args, layer_map=list(layer_map), key_space=key_space,
-        receiver_geometry=r.to_dict(), sharer_geometry=s.to_dict(), receiver=model_facts(receiver), sharer=model_facts(sharer),
+        receiver_geometry=r.to_dict(), sharer_geometry=s.to_dict(), receiver=model_facts(receiver, receiver_revision), sharer=model_facts(sharer, sharer_revision),
         receiver_tokenizer=fingerprint(receiver_tokenizer), sharer_tokenizer=fingerprint(sharer_tokenizer)))
 
 # %% ../nbs/02_fuser.ipynb #def-check
@@ -275,7 +284,7 @@ def check(self:Fuser,
             wrong.append(f"{role} tokenizer: its fingerprint is {tokenizer_fingerprint(tokenizer)}, the fuser was made with {known}")
     if self.config.key_space == 'unrotated':
         for role, model in (('receiver', receiver), ('sharer', sharer)):
-            try: rope_table(model.config, torch.zeros(1, 1, dtype=torch.long))
+            try: check_rope(model)
             except ValueError as e: wrong.append(f"{role}: {e}")
     if wrong:
         names = ' and '.join(str((f or {}).get('name')) for f in (self.config.receiver, self.config.sharer))
@@ -312,7 +321,8 @@ def save_pretrained(self:Fuser,
         if not ours: raise FileExistsError(f"{folder} exists and does not hold a fuser; nothing was written. Choose another folder, or empty this one")
     folder.parent.mkdir(parents=True, exist_ok=True)
     config = asdict(self.config) | dict(fingerprint=self.fingerprint())
-    staging = Path(tempfile.mkdtemp(prefix=f'.{folder.name}-', dir=folder.parent))
+    staging = folder.parent/f'.{folder.name}-{secrets.token_hex(4)}'
+    staging.mkdir()
     try:
         save_file({n: t.detach().contiguous() for n, t in self.state_dict().items()}, staging/WEIGHTS, metadata=dict(format='pt'))
         (staging/CONFIG).write_text(json.dumps(config, indent=2))
@@ -320,8 +330,7 @@ def save_pretrained(self:Fuser,
             with open(staging/name, 'rb') as f: os.fsync(f.fileno())
         if folder.exists():
             for name in (WEIGHTS, CONFIG): os.replace(staging/name, folder/name)
-        else:
-            staging.chmod(0o777 & ~_umask()); os.replace(staging, folder)
+        else: os.replace(staging, folder)
     finally: shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub: return self.push_to_hub(repo_id=repo_id or folder.name, **kwargs)
 
@@ -335,14 +344,8 @@ def _local_folder(name, files, subfolder=None, **hub):
     try: return Path(snapshot_download(str(name), allow_patterns=[prefix + f for f in files], **hub), subfolder or '')
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository could be had from the hub ({str(e).splitlines()[0]})") from e
 
-# %% ../nbs/02_fuser.ipynb #def-umask
-def _umask():
-    "The process's umask, which mkdtemp ignores."
-    mask = os.umask(0); os.umask(mask)
-    return mask
-
-# %% ../nbs/02_fuser.ipynb #def-load-strict
-def load_strict(
+# %% ../nbs/02_fuser.ipynb #def-check-tensors
+def _check_tensors(
     module:nn.Module, # a module on the meta device
     tensors:dict[str, Tensor], # name -> tensor, on any device
     where:str, # what to call the source in a message
@@ -384,10 +387,10 @@ def from_pretrained(cls:Fuser,
     try:
         with safe_open(folder/WEIGHTS, 'pt') as f:
             sizes = {n: f.get_slice(n) for n in f.keys()}
-            load_strict(fuser, {n: torch.empty(s.get_shape(), device='meta') for n, s in sizes.items()}, str(folder/WEIGHTS))
+            _check_tensors(fuser, {n: torch.empty(s.get_shape(), device='meta') for n, s in sizes.items()}, str(folder/WEIGHTS))
             tensors = {n: f.get_tensor(n) for n in sizes}
     except SafetensorError as e: raise ValueError(f"{folder/WEIGHTS} cannot be read ({e}): the file is truncated or is not a safetensors file") from e
-    load_strict(fuser, tensors, str(folder/WEIGHTS))
+    _check_tensors(fuser, tensors, str(folder/WEIGHTS))
     fuser.load_state_dict(tensors, assign=True)
     if fuser.config.fingerprint != (found := fuser.fingerprint()):
         raise ValueError(f"{folder}: weights and config have fingerprint {found}, {CONFIG} says {fuser.config.fingerprint}: they come from different saves, or were damaged or edited; save the fuser again")
@@ -456,7 +459,7 @@ def from_published(cls:Fuser,
     states = []
     for t in fuser.groups[0]:
         states.append(_read_published_tensors(folder/f'projector_{table[t][0][1]}.pt'))
-        load_strict(single, states[-1], str(folder/f'projector_{table[t][0][1]}.pt'))
+        _check_tensors(single, states[-1], str(folder/f'projector_{table[t][0][1]}.pt'))
     stacked = {n: torch.stack([s[n] for s in states]) for n in states[0]}
     if 'gate_temperature' in stacked:
         if stacked['gate_temperature'].unique().numel() > 1: raise ValueError(f"{folder}: the projectors have different gate temperatures {stacked['gate_temperature'].tolist()}: files of two checkpoints are mixed")

@@ -6,10 +6,8 @@
 __all__ = ['gate_noise', 'exponential_temperature', 'linear_temperature', 'register_projector', 'get_projector', 'Projector',
            'flatten_heads', 'unflatten_heads', 'Linear', 'RMSNorm', 'FeedForward', 'FeedForwardStack', 'C2CProjector']
 
-# %% ../nbs/01_projector.ipynb #b197984c
-import inspect
-import math
-from abc import abstractmethod
+# %% ../nbs/01_projector.ipynb #9e4d4b4c
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +65,7 @@ def get_projector(
     return _projectors[name.lower()]
 
 # %% ../nbs/01_projector.ipynb #def-projector
-class Projector(nn.Module):
+class Projector(nn.Module, ABC):
     """One receiver layer: sharer and receiver keys and values in, fused ones out.
 
     Position-wise: what comes out at a position depends on that position alone. A subclass implements `delta`."""
