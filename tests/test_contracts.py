@@ -649,7 +649,7 @@ def test_9_a_wrong_pair_is_named():
     fuser.check(r, s)
     fuser.check(copy.deepcopy(r).bfloat16(), copy.deepcopy(s).bfloat16())
     other = copy.deepcopy(r)
-    with torch.no_grad(): other.get_input_embeddings().weight[3] += .5
+    with torch.no_grad(): other.model.layers[-1].mlp.down_proj.weight += .05    # as after fine-tuning; a change of single rows may go unseen, the fingerprint is a sample
     for receiver, sharer, says in ((s, r, 'receiver: the fuser was made for KVGeometry(layers=3, kv_heads=2, head_dim=8), this model has KVGeometry(layers=2, kv_heads=4, head_dim=8)'),
             (r, tiny('gptneox'), "sharer model_type: the fuser was made for 'llama', this model has 'gpt_neox'"), (r, tiny('llama', 2), 'sharer weights: the fuser was made for'), (other, s, 'receiver weights: the fuser was made for')):
         for run in (lambda: fuser.check(receiver, sharer)), (lambda: C2CModel(receiver, [sharer], [fuser])):
