@@ -234,7 +234,7 @@ def plan(self:C2CModel,
     real = torch.ones(b, t, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
     if not real.any(1).all(): raise ValueError(f"row {int((~real.any(1)).nonzero()[0])} of attention_mask is all padding: remove it from the batch, there is nothing to answer")
     heard = torch.stack([real if m is None else m.cpu().bool() for m in masks_of], -1)
-    _check_ids('receiver', input_ids, attention_mask, self.receiver)
+    _check_ids('receiver', input_ids, None, self.receiver)        # padding included, the receiver embeds it too
     for j in range(n): _check_ids(f'sharer {j}', input_ids if ids_of[j] is None else ids_of[j], attention_mask if masks_of[j] is None else masks_of[j], self.sharers[j])
     final = t - 1 - real.flip(1).int().argmax(1, keepdim=True)   # a row ends with the receiver's last token
     keep = (real | heard.any(-1)) & (column <= final)
@@ -281,7 +281,7 @@ def plan(self:C2CModel,
         if late.any():
             row, col, j = late.nonzero()[0].tolist()
             raise ValueError(f"active asks for sharer {j} at position {col} of row {row}, which was read into the cache without it: what has been read cannot be fused later. Leave it inactive there, or prefill anew")
-    if labels is not None: _check_labels(labels.cpu().gather(1, order) != -100, real, width - int(last.max()))
+    if labels is not None: _check_labels(labels.cpu().gather(1, order) != -100, real, max(width - int(last.max()), start))
 
     send = lambda x: x.to(device, non_blocking=True)
     where = send(order)
