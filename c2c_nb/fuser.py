@@ -106,10 +106,11 @@ def model_facts(
 )->dict: # what a fuser remembers of it
     """Name, revision, kind, sizes and a fingerprint of a model.
 
-    The fingerprint is a hash of eight values of every weight, rounded to bf16, so that it is the same for a model loaded in fp32 and in bf16. In other types, and for weights that are not in memory, it is None: not checked."""
+    The fingerprint is a hash of eight values of every weight and of 64 rows of the input embedding, rounded to bf16, so that it is the same for a model loaded in fp32 and in bf16. In other types, and for weights that are not in memory, it is None: not checked."""
     config, weights = model.config, list(model.parameters())
     exact = all(w.dtype in (torch.float32, torch.bfloat16) and w.device.type != 'meta' for w in weights)
-    sample = torch.cat([w.detach().flatten()[::max(1, w.numel()//8)][:8].to(weights[0].device, torch.bfloat16) for w in weights]).cpu() if exact else None
+    parts = [w.detach().flatten()[::max(1, w.numel()//8)][:8] for w in weights] + [model.get_input_embeddings().weight.detach()[:64].flatten()]
+    sample = torch.cat([x.to(weights[0].device, torch.bfloat16) for x in parts]).cpu() if exact else None
     return dict(name=getattr(config, 'name_or_path', '') or None, revision=revision, model_type=config.model_type, hidden_size=config.get_text_config(decoder=True).hidden_size,
         vocab_size=model.get_input_embeddings().weight.shape[0], weights=None if sample is None else hashlib.sha256(sample.view(torch.int16).numpy().tobytes()).hexdigest()[:16])
 
