@@ -9,10 +9,13 @@ def _relink(text:str) -> str:
     return re.sub(r'(\]\(|src=")(?!\w+:|#|/)([^)"\s]+)', r'\1nbs/\2', text)
 
 def _outputs(cell:dict) -> str:
-    "What a cell printed or returned, as text."
-    texts = [o.get('text') or (o.get('data') or {}).get('text/markdown') or (o.get('data') or {}).get('text/plain') for o in cell['outputs']]
-    text = ''.join(''.join(t) for t in texts if t).strip()
-    return text and '\n\n' + '\n'.join(f'    {line}'.rstrip() for line in text.splitlines())
+    "What a cell printed or returned: Markdown as it is, other text indented."
+    shown = ''
+    for o in cell['outputs']:
+        data = o.get('data') or {}
+        text = ''.join(data.get('text/markdown') or o.get('text') or data.get('text/plain') or '').strip()
+        if text: shown += '\n\n' + (text if 'text/markdown' in data else '\n'.join(f'    {line}'.rstrip() for line in text.splitlines()))
+    return shown
 
 def readme(
     nb:dict # the index notebook as JSON
