@@ -270,6 +270,7 @@ def pretrain(
             opt.step(); schedule.step()
             losses.append(loss.item())
             if report: report(step+1, losses[-1])
+        opt.zero_grad()
     return model.eval(), losses
 
 # %% ../nbs/05_toy.ipynb #def-pretrain-in-child
