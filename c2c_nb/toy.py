@@ -319,6 +319,9 @@ def _pretrain_both(world, folder, progress):
         for _, child, _ in children: child.stdout.close()
     for role in 'receiver', 'sharer': (folder/f'{role}.log').unlink()
 
+# %% ../nbs/05_toy.ipynb #71e79951
+_loading = threading.Lock() # transformers' from_pretrained is not made for several threads at once
+
 # %% ../nbs/05_toy.ipynb #def-build-models
 def build_models(
     world:World, # whose models are wanted
@@ -343,7 +346,8 @@ def build_models(
                 if not complete(): raise
         finally: shutil.rmtree(building, ignore_errors=True)
     load = lambda role: AutoModelForCausalLM.from_pretrained(folder/role).eval().requires_grad_(False)
-    try: return load('receiver'), load('sharer')
+    try:
+        with _loading: return load('receiver'), load('sharer')
     except Exception as e:
         if fresh: raise
         warnings.warn(f'the models in {folder} cannot be read ({type(e).__name__}: {e}); they are made again')
