@@ -386,7 +386,7 @@ def _run(self:C2CModel, plan, cache, stop):
     "Read and fuse up to column `stop`; sharers read as far as they are needed."
     finite = None if self.training else []
     if not cache.get_seq_length(): cache.fused = torch.zeros(len(plan.ids), 0, len(self.sharers), dtype=torch.bool)
-    graph = any(p.requires_grad for p in self.receiver.parameters())       # does a gradient reach the receiver's pass?
+    graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.receiver.parameters())       # does a gradient reach the receiver's pass?
     def cut_mask(mask, stop): return None if mask is None else mask[:, :stop]
     for cut in [*plan.cuts, Cut(stop)]:
         begin = cache.get_seq_length()
