@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import clone_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
+from .cache import clone_cache, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
 from .fuser import Fuser
 from .plan import Cut, FusedCache, Plan, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
 
@@ -60,7 +60,7 @@ class C2CModel(nn.Module):
     def device(self)->torch.device: return self.receiver.device
 
     def __repr__(self):
-        name = lambda m: f"{type(m).__name__}({m.config.num_hidden_layers} layers)"
+        name = lambda m: f"{type(m).__name__}({m.config.get_text_config(decoder=True).num_hidden_layers} layers)"
         count = lambda ps: f"{sum(p.numel() for p in ps):,}"
         return (f"C2CModel({' + '.join(map(name, self.sharers))} -> {name(self.receiver)}, {self.fusion}, {'following the response, ' if self.follow_response else ''}{'training' if self.training else 'evaluation'} mode, "
             f"{count(p for p in self.parameters() if p.requires_grad)} trainable of {count(self.parameters())} parameters)")
@@ -83,6 +83,10 @@ def plan(self:C2CModel,
     "How this batch would be run. Raises `ValueError` saying what is wrong with it."
     gates = [None if f.soft else f.open_gates() for f in self.fusers]
     return make_plan(self.receiver, self.sharers, gates, input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, pairing, cache, align, self.follow_response)
+
+# %% ../nbs/04_model.ipynb #def-continue-model
+@patch
+def _continue(self:C2CModel, cache, input_ids): return continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, self.receiver.config, [s.config for s in self.sharers])
 
 # %% ../nbs/04_model.ipynb #def-keywords
 @functools.cache
@@ -123,15 +127,22 @@ def _theirs(
     pick = lambda x: x.gather(2, index.to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))
     return [tuple(map(pick, read_layer(cache, i))) if i in layers else None for i in range(len(cache.layers))]
 
+# %% ../nbs/04_model.ipynb #def-own
+@patch
+def _own(self:C2CModel, cache, start, stop):
+    "Keys and values of the receiver's layers in some columns; None for layers that have none."
+    fusable = self.fusers[0].receiver_geometry.fusable
+    return [read_layer(cache, i, start, stop) if i in fusable else None for i in range(len(cache.layers))]
+
 # %% ../nbs/04_model.ipynb #def-fuse
 @patch
 def _fuse(self:C2CModel, own, cache, cut, plan, finite):
     "Keys and values of every layer at one cut, fused into what the receiver has (`own`); untouched tensors are the same objects."
-    layers = len(own)
+    layers, fusable = len(own), self.fusers[0].receiver_geometry.fusable
     speaking = [j for j in range(len(self.fusers)) if cut.active[..., j].any()]
     add = self.fusion == 'parallel' and len(speaking) > 1
-    wide = [(k.float(), v.float()) for k, v in own] if add else own
-    now, total, device = list(own), [[None, None] for _ in range(layers)], own[0][0].device
+    wide = [kv and tuple(x.float() for x in kv) for kv in own] if add else own
+    now, total, device = list(own), [[None, None] for _ in range(layers)], own[fusable[0]][0].device
     for j in speaking:
         fuser, active = self.fusers[j], cut.active[..., j]
         active = None if active.all() else active.to(device, non_blocking=True)
@@ -140,10 +151,11 @@ def _fuse(self:C2CModel, own, cache, cut, plan, finite):
         if fuser.config.key_space == 'unrotated': fused = self._fuse_unrotated(fuser, j, theirs, before, active, plan, cut, finite)
         else: fused = fuser(theirs, before, plan.gates[j], active, finite)
         for i, halves in enumerate(fused):
+            if not any(x is not None for x in halves): continue
             if not add: now[i] = tuple(old if new is None else new for old, new in zip(now[i], halves)); continue
             for h, (new, old) in enumerate(zip(halves, wide[i])):
                 if new is not None: total[i][h] = new - old if total[i][h] is None else total[i][h] + (new - old)
-    return [tuple(x if d is None else (x.float() + d).to(x.dtype) for x, d in zip(kv, ds)) for kv, ds in zip(now, total)]
+    return [kv and tuple(x if d is None else (x.float() + d).to(x.dtype) for x, d in zip(kv, ds)) for kv, ds in zip(now, total)]
 
 # %% ../nbs/04_model.ipynb #def-fuse-unrotated
 @patch
@@ -165,7 +177,7 @@ def _fuse_unrotated(self:C2CModel, fuser, j, theirs, ours, active, plan, cut, fi
         if k is None: return None
         k = rotate_keys(k, *table)
         return k if active is None else torch.where(active[:, None, :, None], k, old)
-    return [(back(k, old, t), v) for (k, v), (old, _), t in zip(fused, ours, mine)]
+    return [(None, None) if ours[i] is None else (back(k, ours[i][0], mine[i]), v) for i, (k, v) in enumerate(fused)]
 
 # %% ../nbs/04_model.ipynb #def-hear
 @patch
@@ -184,7 +196,7 @@ def _resume(self:C2CModel, cache, plan):
         n, ids, mask = theirs.get_seq_length(), plan.sharer_ids[j], plan.sharer_masks[j]
         if not (n and plan.need[j]) or known is None: continue
         same = common_columns(ids if mask is None else ids.masked_fill(mask == 0, -1), known)
-        if same < n: theirs.crop(same - n)
+        if same < n: cache.crop_sharer(j, same)
 
 # %% ../nbs/04_model.ipynb #def-run
 @patch
@@ -203,9 +215,9 @@ def _run(self:C2CModel, plan, cache, stop, finite):
             cache.pending = None
         if cut.start is None: continue
         if plan.answer is not None and cache.raw is None: cache.raw = _unfused(cache)
-        own = [read_layer(cache, i, cut.start, cut.stop) for i in range(len(cache.layers))]
-        for i, ((k, v), old) in enumerate(zip(self._fuse(own, cache, cut, plan, finite), own)):
-            if k is not old[0] or v is not old[1]: write_layer(cache, i, k, v, cut.start)
+        own = self._own(cache, cut.start, cut.stop)
+        for i, (new, old) in enumerate(zip(self._fuse(own, cache, cut, plan, finite), own)):
+            if new and any(a is not b for a, b in zip(new, old)): write_layer(cache, i, *new, cut.start)
         graph = True
         _mark(cache, cut)
     cache.ids = (plan.ids if plan.mask is None else plan.ids.masked_fill(plan.mask == 0, -1))[:, :cache.get_seq_length()]
@@ -223,7 +235,7 @@ def _unfused(
     cache:FusedCache, # the receiver's
 )->DynamicCache: # with what `cache` has read, if nothing in it is fused yet; otherwise empty
     "A cache for the receiver's raw keys and values."
-    raw = DynamicCache()
+    raw = make_cache(cache.configs[0])
     if cache.fused is not None and not cache.fused.any(): raw.layers = clone_cache(cache).layers
     return raw
 
@@ -240,7 +252,7 @@ def _follow(self:C2CModel, cache, plan, start, stop, finite):
     if not here.any(): return False
     start += int(here.int().argmax())
     cut = Cut(stop, start, plan.answer[:, start:stop])
-    kv, where = self._fuse([read_layer(cache.raw, i, start, stop) for i in range(len(cache.raw.layers))], cache, cut, plan, finite), cut.active.any(-1)
+    kv, where = self._fuse(self._own(cache.raw, start, stop), cache, cut, plan, finite), cut.active.any(-1)
     cache.pending = None if where.all() else where.to(plan.ids.device), kv
     _mark(cache, cut)
     return True
@@ -272,7 +284,7 @@ def _follower(self:C2CModel, plan):
         nonlocal plan
         have, total = cache.raw.get_seq_length(), cache.get_seq_length() + ids.shape[1]
         if total <= have: return                                 # the prompt's last token has been prepared
-        waiting = 0 if cache.pending is None else cache.pending[1][0][0].shape[-2]
+        waiting = 0 if cache.pending is None else next(kv[0].shape[-2] for kv in cache.pending[1] if kv)
         plan = extend_plan(plan, ids[:, have-total:], maps, have, cache.lead)
         for j in range(len(self.sharers)): self._hear(cache, plan, j)
         self._follow(cache, plan, have - waiting, total, None)
@@ -288,8 +300,9 @@ def _check_finite(self:C2CModel, finite, cache):
     if not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all()): return
     for j, theirs in enumerate(cache.sharers):
         for i, layer in enumerate(theirs.layers):
-            for half, x in (('keys', layer.keys), ('values', layer.values)):
-                if not torch.isfinite(x).all(): raise ValueError(f"sharer {j} has NaN or inf in the {half} of layer {i}; nothing was generated. Load it in bfloat16 or float32, or leave it inactive for this text")
+            for half in ('keys', 'values'):
+                x = getattr(layer, half, None)
+                if x is not None and not torch.isfinite(x).all(): raise ValueError(f"sharer {j} has NaN or inf in the {half} of layer {i}; nothing was generated. Load it in bfloat16 or float32, or leave it inactive for this text")
     raise ValueError("fusing gave NaN or inf although all sharers' caches are finite; nothing was generated. Look at the fuser's weights, or run it in float32")
 
 # %% ../nbs/04_model.ipynb #def-close
@@ -317,7 +330,7 @@ def prefill(self:C2CModel,
     """Read and fuse a prompt, except for what is to be read over the fused cache. `receiver.generate(input_ids, past_key_values=cache)` goes on from there.
 
     Rows are padded on the left in the cache, wherever the padding was in `input_ids`. Raises `ValueError` for bad input."""
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), None if self.training else []
+    work, finite = self._continue(cache, input_ids), None if self.training else []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, pairing=pairing, cache=work)
     self._run(plan, work, max(plan.ids.shape[1] - (1 if sections is None else int(plan.last.min())), work.get_seq_length()), finite)
     self._check_finite(finite, work)
@@ -340,7 +353,7 @@ def forward(self:C2CModel,
     """Logits of the last section, and the mean loss over its labels.
 
     Last sections begin together: row i's logits are `logits[i, :n]`, n being the length of its last section. Raises `ValueError` for bad input, labels outside the last section included."""
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), None if self.training else []
+    work, finite = self._continue(cache, input_ids), None if self.training else []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, pairing, work, align='section')
     t, stop = plan.ids.shape[1], plan.cuts[-1].stop if plan.cuts else work.get_seq_length()
     n = min(int(plan.last.max()), t - stop)
@@ -389,7 +402,7 @@ def generate(self:C2CModel,
     if kwargs.get('use_cache') is False: raise ValueError("use_cache=False was given, but C2C lives in the cache: leave it out")
     configs = [c for c in (kwargs.get('generation_config'), self.receiver.generation_config) if c is not None]
     setting = lambda name: next((v for v in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), None)     # as transformers merges them
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), []
+    work, finite = self._continue(cache, input_ids), []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, pairing=pairing, cache=work)
     t, follow = plan.ids.shape[1], plan.answer is not None
     if plan.cuts or follow: self._run(plan, work, max(t-1, work.get_seq_length()) if follow else plan.cuts[-1].stop, finite)
@@ -402,7 +415,7 @@ def generate(self:C2CModel,
     if follow or work.get_seq_length():
         kwargs |= dict(past_key_values=work, use_cache=True)
         if copies > 1: work.batch_repeat_interleave(copies); plan = repeat_plan(plan, copies)
-        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))): work.layers = [_ReplayLayer(layer.keys, layer.values) for layer in work.layers]
+        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))): work.layers = [_ReplayLayer(layer.keys, layer.values) if getattr(layer, 'keys', None) is not None else layer for layer in work.layers]
     if position_ids is not None: kwargs['position_ids'] = positions
     out = (self._follower(plan) if follow else self.receiver).generate(input_ids=text, attention_mask=mask, **kwargs)
     if cache is not None and work.get_seq_length():
