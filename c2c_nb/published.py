@@ -215,7 +215,7 @@ def read_published(
     try:
         ours, args = our_projector(str(kind), args)
         with torch.device('meta'): single = get_projector(ours)(**shape, **args)
-    except (TypeError, ValueError) as e: raise ValueError(f"{folder}: {kind} cannot be made with the arguments in its JSON ({e}). The official classes are C2CProjector, AblationProjector and AllInOneProjector") from e
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{folder}: {kind} cannot be made with the arguments in its JSON ({e}). The official classes are C2CProjector, AblationProjector and AllInOneProjector") from e
     states = []
     for _, p in table.values():
         states.append(read_published_tensors(folder/f'projector_{p}.pt'))
