@@ -26,7 +26,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .fuser import tokenizer_fingerprint, _local_folder
+from .fuser import tokenizer_fingerprint
+from .hub import local_folder
 
 # %% ../nbs/03_align.ipynb #def-load-tokenizer
 def load_tokenizer(
@@ -662,7 +663,7 @@ def from_pretrained(cls:C2CProcessor,
     **hub, # further keywords of `huggingface_hub.snapshot_download`
 )->C2CProcessor:
     "Load a saved processor. Raises `FileNotFoundError`, or `ValueError` saying what is wrong with the files."
-    folder = _local_folder(name, (PROCESSOR_CONFIG, 'receiver_tokenizer/*', 'sharer_tokenizers/*'), subfolder, revision=revision, **hub)
+    folder = local_folder(name, (PROCESSOR_CONFIG, 'receiver_tokenizer/*', 'sharer_tokenizers/*'), subfolder, revision=revision, **hub)
     file = folder/PROCESSOR_CONFIG
     if not file.exists(): raise FileNotFoundError(f"{folder} holds no {PROCESSOR_CONFIG}, so there is no saved processor: make one with C2CProcessor(receiver_tokenizer, sharer_tokenizers) and save it there")
     try: config = json.loads(file.read_text())

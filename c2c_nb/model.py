@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import clone_cache, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
+from .cache import clone_cache, keeps_state, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
+from .align import C2CProcessor, load_tokenizer
 from .fuser import Fuser
 from .plan import Cut, FusedCache, Plan, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
 
@@ -32,7 +33,7 @@ class C2CModel(nn.Module):
         fusers:list[Fuser], # one for each sharer
         fusion:str='parallel', # several sharers: 'parallel' adds up what each says to the receiver, 'sequential' lets each see what those before it made
         follow_response:bool=False, # fuse the last section and every generated token as well
-        processor=None, # from text to ids and back; needed for `chat`, and where sharers with other tokenizers follow the response
+        processor:C2CProcessor|None=None, # from text to ids and back; needed for `chat`, and where sharers with other tokenizers follow the response
         strict:bool=True, # fusers made for other models: True refuses them, False warns
     ):
         super().__init__()
@@ -43,8 +44,8 @@ class C2CModel(nn.Module):
         if len(sharers) != len(fusers): raise ValueError(f"{len(sharers)} sharers but {len(fusers)} fusers were given: give one fuser for each sharer, in the same order")
         if fusion not in ('parallel', 'sequential'): raise ValueError(f"fusion={fusion!r} was given; use 'parallel' or 'sequential'")
         if processor is not None and len(processor.strategies) != len(sharers): raise ValueError(f"the processor was made for {len(processor.strategies)} sharers, {len(sharers)} were given: make one with a tokenizer for each")
-        if strict:
-            for sharer, fuser in zip(sharers, fusers): fuser.check(receiver, sharer)
+        tokenizers = [None]*(len(sharers) + 1) if processor is None else [processor.receiver_tokenizer, *processor.sharer_tokenizers]
+        for sharer, fuser, theirs in zip(sharers, fusers, tokenizers[1:]): fuser.check(receiver, sharer, tokenizers[0], theirs, strict)
         self.receiver, self.sharers, self.fusers, self.fusion = receiver, nn.ModuleList(sharers), nn.ModuleList(fusers), fusion
         self.follow_response, self.processor = follow_response, processor
         for model in (receiver, *sharers): model.requires_grad_(False)
@@ -424,23 +425,89 @@ def generate(self:C2CModel,
         self._close(cache, work)
     return out
 
+# %% ../nbs/04_model.ipynb #def-new-cache
+@patch
+def new_cache(self:C2CModel)->FusedCache:
+    "An empty cache for a conversation."
+    return FusedCache(self.receiver.config, [s.config for s in self.sharers])
+
+# %% ../nbs/04_model.ipynb #def-chat
+@patch
+def chat(self:C2CModel,
+    messages:list, # a chat, `[{'role': 'user', 'content': 'Hi'}]` with everything that was said so far; or a list of chats
+    cache:FusedCache|None=None, # of this conversation, begun by `new_cache`; only what is new is read, and the answer is added to it
+    template_kwargs:dict|None=None, # for the chat templates
+    **kwargs, # of `generate`, such as `streamer`; 512 new tokens unless told otherwise
+)->str|list[str]: # the answer, or one for each chat
+    """Answer a chat.
+
+    Raises `ValueError` without a processor, for what is not a chat, or for several chats on one cache."""
+    if self.processor is None: raise ValueError("chat needs tokenizers: give C2CModel processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers)")
+    if isinstance(messages, str) or not isinstance(messages, (list, tuple)) or any(isinstance(m, str) for m in messages): raise ValueError(f"a chat is a list of messages, {messages!r} was given: write [{{'role': 'user', 'content': ...}}]")
+    several = bool(messages) and not isinstance(messages[0], dict)
+    if several and cache is not None: raise ValueError("several chats were given, but a cache holds one conversation: keep one cache for each and call chat with one at a time")
+    batch = self.processor(messages, device=self.device, **(template_kwargs or {}))
+    config = kwargs.get('generation_config') or self.receiver.generation_config
+    if 'max_length' not in kwargs and config.max_new_tokens is None and config.max_length is None: kwargs.setdefault('max_new_tokens', 512)
+    t, ids, work = batch['input_ids'].shape[1], batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), self.new_cache() if cache is None else clone_cache(cache)
+    if seen := work.get_seq_length():
+        same = 0 if work.ids is None else min(common_columns(ids, work.ids), t-1)
+        if same == 0 or same < seen and keeps_state(work): work = self.new_cache()         # nothing to go on from, or no way back
+        elif same < seen: work.crop(same - seen)
+        if seen := work.get_seq_length(): batch['active'][:, :seen] = F.pad(work.fused[:, :seen], (0, 0, 0, seen - work.fused[:, :seen].shape[1]))     # what was read unfused stays so
+    self.prefill(**batch, cache=work)
+    answer = clone_cache(work)
+    out = self.generate(**batch, cache=answer, **kwargs)
+    if cache is not None: self._close(cache, work if answer.ids is None else answer)       # beams leave rows behind that are not the answer
+    texts = self.processor.batch_decode(out if isinstance(out, Tensor) else out.sequences, t)
+    return texts if several or len(texts) > 1 else texts[0]
+
+# %% ../nbs/04_model.ipynb #def-find-processor
+def _find_processor(
+    name:str, # folder or repository of a fuser
+    config, # its config
+    revision:str|None, # of the fuser
+    hub:dict, # keywords for the hub
+)->C2CProcessor|None: # None where no tokenizers can be had
+    "The processor saved beside a fuser, or one made of its models' tokenizers."
+    try: return C2CProcessor.from_pretrained(name, revision=revision, **hub)
+    except FileNotFoundError: pass
+    try: tokenizers = [load_tokenizer(facts['name'], revision=facts.get('revision') or 'main', **hub) for facts in (config.receiver, config.sharer)]
+    except (OSError, ValueError): return None
+    return C2CProcessor(tokenizers[0], tokenizers[1:], config.alignment)
+
 # %% ../nbs/04_model.ipynb #def-from-pretrained
 @patch(cls_method=True)
 def from_pretrained(cls:C2CModel,
     names, # folder or hub repository of a fuser, or a list of them (several sharers for one receiver)
     fusion:str='parallel', # 'parallel' or 'sequential'
+    follow_response:bool=False, # fuse the last section and every generated token as well
+    strict:bool=True, # models other than those the fusers were made for: True refuses them, False warns
     revision:str|None=None, # of the fusers on the hub
     **kwargs, # for `AutoModelForCausalLM.from_pretrained` of all models, such as `device_map='auto'`, `dtype='auto'`
 )->C2CModel: # in evaluation mode
-    "Load fusers and the models they name. Raises `ValueError` for a fuser that names none, or fusers for different receivers."
+    "Load fusers, the models they name, and the tokenizers. Raises `ValueError` for a fuser that names no models, or fusers for different receivers."
     names = list(names) if isinstance(names, (list, tuple)) else [names]
-    fusers = [Fuser.from_pretrained(n, revision=revision, **{k: v for k, v in kwargs.items() if k in ('token', 'cache_dir', 'local_files_only', 'force_download')}) for n in names]
+    hub = {k: v for k, v in kwargs.items() if k in ('token', 'cache_dir', 'local_files_only', 'force_download')}
+    fusers = [Fuser.from_pretrained(n, revision=revision, **hub) for n in names]
     found = [[(f.config.receiver or {}).get('name'), (f.config.sharer or {}).get('name')] for f in fusers]
     for n, pair in zip(names, found):
         if None in pair: raise ValueError(f"the fuser {n} does not say which {'receiver' if pair[0] is None else 'sharer'} it was made for (its models had no name): load the models yourself and give them to C2CModel")
     receivers = {r for r, _ in found}
     if len(receivers) > 1: raise ValueError(f"the fusers were made for different receivers: {', '.join(sorted(receivers))}")
+    processors = [_find_processor(n, f.config, revision, hub) for n, f in zip(names, fusers)]
     load = lambda name, facts: AutoModelForCausalLM.from_pretrained(name, revision=(facts or {}).get('revision') or 'main', **kwargs)
     receiver = load(found[0][0], fusers[0].config.receiver)
     sharers = [load(s, f.config.sharer) for (_, s), f in zip(found, fusers)]
-    return cls(receiver, sharers, [f.to(receiver.device) for f in fusers], fusion).eval()
+    return cls(receiver, sharers, [f.place(receiver) for f in fusers], fusion, follow_response, None if None in processors else C2CProcessor.merge(processors), strict).eval()
+
+# %% ../nbs/04_model.ipynb #def-save-pretrained
+@patch
+def save_pretrained(self:C2CModel,
+    *folders:str, # one for each sharer
+):
+    "Write each fuser, and beside it the processor of its pair, into a folder. Raises `ValueError` where there are not as many folders as sharers."
+    if len(folders) != len(self.fusers): raise ValueError(f"{len(folders)} folders were given for {len(self.fusers)} fusers: give one for each sharer")
+    for j, (folder, fuser) in enumerate(zip(folders, self.fusers)):
+        fuser.save_pretrained(folder)
+        if (p := self.processor) is not None: C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j]).save_pretrained(folder)
