@@ -537,7 +537,9 @@ def systems(
         return reply(receiver, tok, [world.noted_prompt(p, n) for p, n in zip(prompts, notes)])
     ways = {'receiver alone': lambda prompts: reply(receiver, tok, prompts), 'sharer alone': lambda prompts: reply(sharer, tok, prompts), 'T2T': t2t, 'C2C': lambda prompts: reply(c2c, tok, prompts)}
     if not controls: return ways
-    zeroed, random_ = (C2CModel(receiver, [s], [fuser], strict=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)              # these sharers are others than the fuser was made for, on purpose
+        zeroed, random_ = (C2CModel(receiver, [s], [fuser], strict=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
     return ways | {'mismatched cache': lambda prompts: reply(c2c, tok, prompts, sharer_prompts=other_questions(prompts, tok)),
         'zeroed cache': lambda prompts: reply(zeroed, tok, prompts), 'random sharer': lambda prompts: reply(random_, tok, prompts)}
 
