@@ -71,9 +71,10 @@ class Chat:
         check_templates(c2c.processor)
         self.c2c, self.system, self.mode, self.write, self.label = c2c, system, mode, write, label
         self.max_new_tokens, self.temperature, self.seed, self.fusers = max_new_tokens, temperature, seed, fusers or [None]*len(c2c.fusers)
-        self.do_reset()
+        self._begin()
 
-    def do_reset(self, argument=''): self.talks = {side: Talk([dict(role='system', content=self.system)] if self.system else []) for side in self.sides['both']}
+    def _begin(self): self.talks = {side: Talk([dict(role='system', content=self.system)] if self.system else []) for side in self.sides['both']}
+    def do_reset(self, argument=''): self._begin(); self.write('all is forgotten\n')
     def do_quit(self, argument=''): return True
     def do_help(self, argument=''): self.write(''.join(f'/{name:9} {text}\n' for name, text in commands.items()))
     def _switch(self, mode): self.mode = mode; self.write(f'now: {commands[mode]}\n')
@@ -155,7 +156,7 @@ def take(self:Chat,
     name, _, argument = line[1:].partition(' ')
     if name in commands: return bool(getattr(self, f'do_{name}')(argument.strip()))
     near = difflib.get_close_matches(name, commands, 1)
-    self.write(f"there is no command /{name}{f', did you mean /{near[0]}?' if near else ''} /help lists them\n")
+    self.write(f"there is no command /{name}: {f'did you mean /{near[0]}? ' if near else ''}/help lists them\n")
     return False
 
 # %% ../nbs/13b_chat.ipynb #def-run-chat
