@@ -133,8 +133,9 @@ def ask(self:Chat,
     for side in self.sides[self.mode]:
         talk, words, cache = self.talks[side], _Words(self.c2c.processor.receiver_tokenizer, self.write), None
         asked = talk.messages + [dict(role='user', content=question)]
-        if self.label or self.mode == 'both': self.write(f'{side}> ')
-        try: text, cache = self._answer(side, asked, talk.cache, words)
+        try:
+            if self.label or self.mode == 'both': self.write(f'{side}> ')
+            text, cache = self._answer(side, asked, talk.cache, words)
         except KeyboardInterrupt:
             words.end()
             text = words.said

@@ -1,17 +1,16 @@
 "`c2c_chat`: the conversation line by line, saved and gone on with, stopped, piped, in a terminal, and refused."
-import json, os, pty, re, select, signal, subprocess, sys, time
-from pathlib import Path
+import json, os, pty, re, select, shutil, subprocess, sys, time
 
 import pytest, torch
 
 from c2c_nb.align import C2CProcessor
 from c2c_nb.chat import Chat, check_templates, embedded_fuser, open_model
-from c2c_nb.cli import read_conversation
+from c2c_nb.cli import c2c_chat, read_conversation
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 
 from conftest import root
-from test_chat import PLAIN, letters, ours, same_state, state_of, talker, theirs
+from test_chat import letters, ours, same_state, state_of, talker, theirs
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +74,7 @@ def test_words_come_as_they_are_generated(c2c):
     seen, chat = [], chat_of(c2c, max_new_tokens=120, label=False, temperature=1., seed=4)
     chat.write = lambda text: seen.append(chat.talks['c2c'].messages == [] and text)
     chat.take('who is it?')
-    *words, last = [s for s in seen if s]
+    words = [s for s in seen if s]
     assert len(words) > 2                                        # written while the history does not hold the answer yet
     assert ''.join(words) == said(chat, 'c2c')[1]
 
@@ -140,7 +139,7 @@ def test_save_does_not_overwrite_other_files(c2c, tmp_path):
     assert len(read_conversation(tmp_path/'a b.json')['sides']['c2c']) == 2
 
 
-@pytest.mark.parametrize('change', [dict(version=2), dict(sides={}), dict(mode='x'), dict(sides=dict(c2c=[], receiver=[dict(role='user')])), dict(fusers='a'), dict(system=None), dict(format='x')])
+@pytest.mark.parametrize('change', [dict(version=2), dict(sides={}), dict(settings={}), dict(settings=dict(fusion='parallel', follow_response=False, max_new_tokens='9', temperature=0., seed=0)), dict(mode='x'), dict(sides=dict(c2c=[], receiver=[dict(role='user')])), dict(fusers='a'), dict(system=None), dict(format='x')])
 def test_damaged_conversations(c2c, tmp_path, change):
     chat, file = chat_of(c2c), tmp_path/'t.json'
     chat.take(f'/save {file}')
@@ -179,9 +178,9 @@ def test_ctrl_c_before_anything_is_said(c2c, monkeypatch):
     chat.take('why')
     monkeypatch.undo()
     assert {s: (said(chat, s), chat.talks[s].cache) for s in chat.talks} == before
-    chat.write.stop = len(chat.write) + 1                        # while the side's name is written
+    chat.write.stop = len(chat.write) + 1                        # while the side's name is written: the other side is asked all the same
     chat.run(['why', 'what'])
-    assert [said(chat, s)[::2] for s in chat.talks] == [['who', 'what'], ['who', 'what']]
+    assert [said(chat, s)[::2] for s in chat.talks] == [['who', 'what'], ['who', 'why', 'what']]
 
 
 def test_a_failure_is_told_and_leaves_things_as_they_were(c2c, monkeypatch):
@@ -299,24 +298,22 @@ def test_light():
     assert done.stdout.strip() == '[]'
 
 
-def call(monkeypatch, *args, **kwargs):
-    "The command within this process: status and what it wrote to the standard error."
-    from c2c_nb.cli import c2c_chat
+def call(*args, **kwargs):
+    "Exit status of the command, run within this process."
     with pytest.raises(SystemExit) as e: c2c_chat(*args, **kwargs)
     return e.value.code
 
 
 def test_refused_when_loaded(saved, tmp_path, monkeypatch, capsys):
-    import shutil
     lost, mute = tmp_path/'lost', tmp_path/'mute'
     shutil.copytree(saved, lost); shutil.copytree(saved, mute)
     config = json.loads((lost/'config.json').read_text())
     (lost/'config.json').write_text(json.dumps(config | dict(receiver=config['receiver'] | dict(name=str(tmp_path/'gone')))))
     (mute/'sharer_tokenizers/0/chat_template.jinja').unlink()
     monkeypatch.setattr(C2CModel, 'from_pretrained', classmethod(lambda *a, **k: pytest.fail('models were loaded')))
-    assert call(monkeypatch, [str(mute)]) == 2 and 'sharer 0 has no chat template' in capsys.readouterr().err
+    assert call([str(mute)]) == 2 and 'sharer 0 has no chat template' in capsys.readouterr().err
     monkeypatch.undo()
-    assert call(monkeypatch, [str(lost)]) == 2 and str(lost) in capsys.readouterr().err
+    assert call([str(lost)]) == 2 and str(lost) in capsys.readouterr().err
 
 
 def test_the_embedded_pair(tmp_path, monkeypatch):
