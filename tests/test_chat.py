@@ -193,6 +193,19 @@ def test_a_cache_gives_the_answers_that_none_gives():
     finally: c2c.processor.receiver_tokenizer.chat_template = PLAIN
 
 
+@pytest.mark.parametrize('strategies', [['offsets', 'shared'], ['longest', 'offsets']])
+def test_an_edited_history(strategies):
+    "The user goes back and says something else: all models go back to where the text is still the same."
+    c2c = talker('qwen3', ['llama', 'qwen2'], strategies)
+    messages, cache, _ = talk(c2c, turns=3, check_reads=False)
+    messages = messages[:2] + [dict(role='user', content='then where is the cat?')]
+    batch = c2c.processor(messages)
+    same, seen = common_columns(batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), cache.ids), cache.get_seq_length()
+    assert 0 < same < seen
+    messages.append(dict(role='assistant', content=c2c.chat(messages, cache=cache, max_new_tokens=3, do_sample=False, pad_token_id=0)))
+    assert_afresh(c2c, messages, cache, [c for c in cache.begun if c < same] + [same])
+
+
 # turns that fail
 
 class Breaks(LogitsProcessor, BaseStreamer):
