@@ -153,16 +153,18 @@ def _locate(
         if len(text) in ways[-1]:
             at = len(text)
             for i, found in zip(order[::-1], ways[:0:-1]): at, spans[i] = found[at]
-            return spans
+            return [s if s and s[0] < s[1] else None for s in spans]
 
     # one by one: the template looks into some text, or changes it
     for i, c in contents.items():
         if len(parts := marked([i])) != 3: continue
         before, _, after = parts
         if len(before) + len(after) > len(text) or not (text.startswith(before) and text.endswith(after)): continue
-        version = text[len(before):len(text)-len(after)]
-        if not version or c.count(version) != 1 and not c.endswith(version): continue
-        spans[i] = (len(before), len(before) + len(version), c.rfind(version))
+        here, bare = text[len(before):len(text)-len(after)], c.strip()     # what the template made of this text
+        if here and (c.count(here) == 1 or c.endswith(here)): spans[i] = (len(before), len(before) + len(here), c.rfind(here))     # a part of it
+        elif bare and here.count(bare) == 1:                     # the text, and something that the template added because of it
+            at, skipped = len(before) + here.find(bare), c.find(bare)
+            spans[i] = (at, at + len(bare), skipped)
     return spans
 
 # %% ../nbs/03_align.ipynb #def-tokenize
@@ -423,12 +425,12 @@ def shared_vocabulary(
     sharer_tokenizer, # a fast tokenizer
 )->tuple[list[str], dict]: # what differs, so that they cannot share ids (empty: they can); added tokens of the receiver that the sharer has not: id -> sharer id
     "Do two tokenizers cut a text into the same ids, but for added tokens?"
+    r, s = (t.backend_tokenizer for t in (receiver_tokenizer, sharer_tokenizer))
+    sizes = [t.get_vocab_size(with_added_tokens=False) for t in (r, s)]
+    if sizes[0] != sizes[1] or r.get_vocab(with_added_tokens=False) != s.get_vocab(with_added_tokens=False): return [f"their vocabularies differ ({sizes[0]} and {sizes[1]} entries without added tokens)"], {}
     if _fingerprint(receiver_tokenizer) == _fingerprint(sharer_tokenizer): return [], {}
-    r, s = (json.loads(t.backend_tokenizer.to_str()) for t in (receiver_tokenizer, sharer_tokenizer))
-    wrong = [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]]
-    wrong += [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k) and k not in ('vocab', 'merges')]
-    wrong += [f"model: {k} differs ({len(r['model'].get(k) or [])} and {len(s['model'].get(k) or [])} entries)" for k in ('vocab', 'merges') if r['model'].get(k) != s['model'].get(k)]
-    if wrong: return wrong, {}
+    r, s = (json.loads(t.to_str()) for t in (r, s))
+    if wrong := [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]] + [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k)]: return wrong, {}
     ids, theirs = [sorted((t['id'], t['content']) for t in x['added_tokens']) for x in (r, s)]
     own = [i for i, c in ids if (i, c) not in theirs]
     return [], dict(zip(own, _token_map(receiver_tokenizer, sharer_tokenizer, 'longest', own).tolist())) if own else {}
