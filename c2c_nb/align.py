@@ -344,13 +344,12 @@ def _reach(
     n = len(text)
     after = torch.cat([start[1:], start.new_tensor([n])]).flip(0).cummin(0).values.flip(0)     # where the tokens that follow begin
     end = end.cummax(0).values
-    lower, upper = torch.minimum(end, after), end.clone()         # a character that the next token goes on with is not complete
-    for i in (after > end).nonzero()[:, 0].tolist():              # characters of no token: they went into the one before, unless they are blanks that are left out
-        if not text[end[i]:after[i]].isspace(): lower[i] = upper[i] = after[i]
-    if recomposes and (wholes := _wholes(text)):
-        down, up = torch.arange(n + 1), torch.arange(n + 1)
-        for a, b in wholes: down[a+1:b], up[a+1:b] = a, b
-        lower, upper = down[lower], up[upper]
+    down, up = torch.arange(n + 1), torch.arange(n + 1)
+    for a, b in (_wholes(text) if recomposes else []): down[a+1:b], up[a+1:b] = a, b
+    lower, upper = torch.minimum(end, after), end.clone()        # a character that the next token goes on with is not complete
+    for i in (after > end).nonzero()[:, 0].tolist():             # characters of no token: blanks are left out; others went into the token before, or into the next
+        if not text[end[i]:after[i]].isspace(): lower[i], upper[i] = min(up[end[i]], after[i]), after[i]
+    lower, upper = down[lower], up[upper]
     return lower, upper
 
 # %% ../nbs/03_align.ipynb #def-pair
@@ -436,6 +435,7 @@ def _label(tokenizer, i:int)->str:
 class AlignmentPicture:
     "A drawing that a notebook shows; `svg` is its source."
     def __init__(self, svg:str): self.svg = svg
+    def __repr__(self): return f"AlignmentPicture({len(self.svg):,} characters of SVG)"
     def _repr_html_(self)->str: return f'<div style="overflow-x:auto">{self.svg}</div>'
     def save(self, file:str|Path): Path(file).write_text(self.svg)
 

@@ -234,6 +234,19 @@ def test_any_text_by_characters_real(assets, text, pair):
     check_text(*pair, text)
 
 
+@pytest.mark.parametrize('normalizer,text,lower,upper', [
+    (normalizers.NFC(), 'e\u0301x', [0, 2, 3], [2, 2, 3]),        # e and accent are one letter of two bytes
+    (normalizers.Replace('ab', 'x'), 'zabc', [1, 3, 4], [2, 3, 4]),     # whether a was read with z or with b the offsets do not tell
+    (normalizers.Strip(), ' a\t', [2], [2]),
+    (normalizers.Lowercase(), 'AB', [1, 2], [1, 2]),
+    (normalizers.NFKC(), '\ufb01x', [0, 1, 2], [1, 1, 2])])      # the ligature fi becomes two letters
+def test_other_normalisation(normalizer, text, lower, upper):
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
+    backend.pre_tokenizer, backend.decoder, backend.normalizer = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), normalizer
+    t = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert [x.tolist() for x in align._reach(read_text(t, text), align._recomposes(t))] == [lower, upper]
+
+
 # chats, in all pairs
 
 def check_chat(aligner, chat, **kw):
