@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest, torch, transformers
 from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from c2c_nb import align
 from c2c_nb.align import C2CProcessor, TokenAligner, load_tokenizer, read_chat, read_text, shared_vocabulary
@@ -193,6 +194,20 @@ def test_official_batch(golden):
     same = [x for x in batches if x['input_ids'].tolist() == case['input_ids.0'].tolist() and x['sharer_input_ids'][0].tolist() == case['input_ids.1'].tolist()]
     assert same
     assert torch.unique_consecutive(same[0]['sections'], return_counts=True)[1].tolist() == lengths
+
+
+def test_official_answer(golden):
+    "From messages to generated ids: c16, with the positions counted as the official code counts them, padding included."
+    from c2c_nb.fuser import Fuser
+    from c2c_nb.model import C2CModel
+    a, b = (load_tokenizer(golden/t) for t in ('tokA', 'tokB'))
+    receiver, sharer = (AutoModelForCausalLM.from_pretrained(golden/m).eval() for m in ('receiver', 'sharer1'))
+    c2c = C2CModel(receiver, [sharer], [Fuser.from_published(golden/'ckpt_s1'/'final').eval()])
+    case = load_file(golden/'c16_aligned.safetensors')
+    chat = next(c['messages'] for c in json.loads((golden/'alignment.json').read_text())['first'] if len(c.get('messages', ())) == 3 and c['kw']['add_generation_prompt'])
+    batch = {k: v for k, v in C2CProcessor(a, [b], 'first')(chat).items() if k != 'pairing'}     # there is none
+    out = c2c.generate(**batch, position_ids=torch.arange(batch['input_ids'].shape[1])[None], max_new_tokens=16, do_sample=False, pad_token_id=0)
+    assert out[0, -16:].tolist() == case['sequences_pad_masked'][0, -16:].tolist()
 
 
 def test_token_map_is_what_one_token_at_a_time_gives():
