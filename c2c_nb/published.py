@@ -151,7 +151,7 @@ class AllInOneProjector(Projector):
         gate, out = (self.spread(self.gate_logit, 'gate', positions) > 0).float(), []
         for x in 'key', 'value':
             if x not in wanted: out.append(None); continue
-            weight = unflatten_heads(part(f'{x}_weight_head')(hidden), receiver[x], self.receiver_heads) if self.computed else self.spread(self.get_parameter(f'{x}_weight'), 'weight', positions)
+            weight = unflatten_heads(part(f'{x}_weight_head')(hidden), receiver[x], self.receiver_heads) if self.computed else self.spread(getattr(self, f'{x}_weight'), 'weight', positions)
             weight = torch.sigmoid(weight.float()/self.temperature)
             delta = gate*weight*projected[x].float()
             out.append(delta - weight*receiver[x].float() if self.blend else delta)
