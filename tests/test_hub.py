@@ -103,8 +103,11 @@ def test_intervals_are_wilsons():
         assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
-def test_names_for_the_hub(tmp_path):
+def test_names_for_the_hub(tmp_path, monkeypatch):
     assert [hub_id(x) for x in ('Qwen/Qwen3-0.6B', 'gpt2', '/a/b', './a', 'a/b/c', 'a b/c', 'a//b', '', None, 3, str(tmp_path))] == ['Qwen/Qwen3-0.6B'] + [None]*10
+    (tmp_path/'models'/'mine').mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id('models/mine') is None and hub_id('models/other') == 'models/other'
 
 
 # to the hub and back
