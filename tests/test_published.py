@@ -104,7 +104,7 @@ def test_the_test_bench_in_a_model(tmp_path):
 bad_arguments = dict(
     gate_depends_on_input=dict(gate_depends_on_input=True), gate_granularity=dict(gate_granularity='head_merged'), weight_granularity=dict(weight_granularity='block'), weight_depends_on_input=dict(weight_depends_on_input=True),
     weight_input_features=dict(weight_granularity='head_merged', weight_depends_on_input=True, weight_hidden_dim=8, weight_input_features='target_key'), weight_hidden_dim=dict(weight_granularity='head_merged', weight_depends_on_input=True, weight_input_features='target_projected_key'),
-    activation=dict(activation='eval'), num_layers=dict(num_layers=0), scalar_temperature=dict(scalar_temperature=0.), add_self=dict(add_self=True), unknown=dict(__import__='os'), colour=dict(colour=1), negative=dict(hidden_dim=-1), text=dict(hidden_dim='8'), nothing=dict(num_layers=None), listed=dict(activation=['gelu']))
+    activation=dict(activation='eval'), num_layers=dict(num_layers=0), endless=dict(num_layers=10**9), scalar_temperature=dict(scalar_temperature=0.), add_self=dict(add_self=True), unknown=dict(__import__='os'), colour=dict(colour=1), negative=dict(hidden_dim=-1), text=dict(hidden_dim='8'), nothing=dict(num_layers=None), listed=dict(activation=['gelu']))
 
 
 @pytest.mark.parametrize('case', bad_arguments)
@@ -136,6 +136,21 @@ def test_ablation_levels_that_there_are_not(golden, tmp_path, level):
     state, description = unit(golden, 'ablation0')
     args = {k: v for k, v in description['init_args'].items() if k != 'ablation_level'} | ({} if level is None else dict(ablation_level=level))
     with pytest.raises(ValueError, match='ablation_level'): read_published(checkpoint(tmp_path/'final', [state], description | dict(init_args=args)))
+
+
+@pytest.mark.parametrize('table', [{'10000000000': [[0, 0]]}, {'-1': [[0, 0]]}, {'0': [[-1, 0]]}])
+def test_maps_that_no_model_has(golden, tmp_path, table):
+    state, description = unit(golden, 'ablation0')
+    folder = checkpoint(tmp_path/'final', [state], description)
+    (folder/'projector_config.json').write_text(json.dumps({'0': {'1': table}}))
+    with pytest.raises(ValueError, match='layer'): Fuser.from_published(folder)
+
+
+def test_networks_without_end(golden, tmp_path):
+    "A file that asks for more layers than memory has is refused at once."
+    state, description = unit(golden, 'ablation0')
+    folder = checkpoint(tmp_path/'final', [state], description | dict(init_args=description['init_args'] | dict(num_layers=10**9)))
+    with pytest.raises(ValueError, match='num_layers=1000000000'): Fuser.from_published(folder)
 
 
 def test_weights_of_another_level(golden, tmp_path):
