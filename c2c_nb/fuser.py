@@ -529,7 +529,7 @@ def push_to_hub(self:Fuser,
     model_card_kwargs:dict|None=None, # keywords of `generate_model_card`
     **kwargs, # of the mixin's `push_to_hub`: `private`, `commit_message`, `branch`, `create_pr`, `token` …
 )->str: # address of the commit
-    "Upload the fuser with its model card to the Hugging Face hub."
+    "Upload the fuser with its model card to the Hugging Face hub. A card that is there already is replaced; `ignore_patterns=['README.md']` keeps it."
     return PyTorchModelHubMixin.push_to_hub(self, repo_id, model_card_kwargs={'name': repo_id} | (model_card_kwargs or {}), **kwargs)
 
 # %% ../nbs/02_fuser.ipynb #def-from-published
