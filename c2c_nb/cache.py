@@ -16,8 +16,22 @@ from dataclasses import dataclass, asdict
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# %% ../nbs/00_cache.ipynb #def-rebinding
+class _Rebinding:
+    "Where gradients are wanted, a state is replaced instead of overwritten, which autograd would not forgive."
+    def _renew(self, states, i):
+        if torch.is_grad_enabled() and states[i] is not None: states[i] = states[i].clone()
+    def update_conv_state(self, conv_states, state_idx=0, **kwargs): self._renew(self.conv_states, state_idx); return super().update_conv_state(conv_states, state_idx, **kwargs)
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs): self._renew(self.recurrent_states, state_idx); return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+# %% ../nbs/00_cache.ipynb #def-statelayer
+class _StateLayer(_Rebinding, LinearAttentionLayer): pass
+
+# %% ../nbs/00_cache.ipynb #def-stateandattentionlayer
+class _StateAndAttentionLayer(_Rebinding, LinearAttentionAndFullAttentionLayer): pass
 
 # %% ../nbs/00_cache.ipynb #def-make-cache
 def make_cache(
@@ -27,7 +41,8 @@ def make_cache(
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer: cache.layers[i] = DynamicLayer()
-        if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer: cache.layers[i] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+        if type(layer) is LinearAttentionLayer: cache.layers[i] = _StateLayer(layer.number_of_states)
+        if type(layer) in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer): cache.layers[i] = _StateAndAttentionLayer(layer.number_of_states)
     return cache
 
 # %% ../nbs/00_cache.ipynb #def-keeps-state
