@@ -1,7 +1,7 @@
 """Every architecture as receiver and as sharer: contracts 1, 2, 6, 7 and 9, and a reference that shares no code with `C2CModel`.
 
 Sliding windows are 6 positions wide; texts are shorter, as long, and longer."""
-import copy, inspect, threading
+import copy, functools, inspect, threading
 
 import pytest, torch
 import transformers
@@ -12,17 +12,18 @@ from c2c_nb.cache import STATE_LOST, KVGeometry, check_reading, clone_cache, kee
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 
-from tiny import (alone, assert_rows_are_alone, c2c_of, call, close, config_of, configs, fuser_for, ids_of, lay_out, logits_of, looped, named, one, others, partial, ragged_rows, refused, tiny, vocab, window)
+from tiny import (alone, assert_rows_are_alone, c2c_of, call, close, config_of, configs, fuser_for, ids_of, lay_out, logits_of, looped, named, one, others, partial, ragged_rows, refused, set_gates, tiny, vocab, window)
 
 proved = ['qwen3', 'qwen2', 'llama', 'gpt2', 'gptneox', *named, *partial]       # with all tests; `others` with some
 lengths = window - 2, window, window + 5
 roles = pytest.mark.parametrize('role', ['receiver', 'sharer'])
 each = pytest.mark.parametrize('name', proved)
-noisy = dict(nemotron_h=2e-4, qwen3_next=5e-5, qwen3_5=5e-5)     # by so much their own single pass and their own decoding differ
+noisy = dict(nemotron_h=2e-4, qwen3_next=5e-5, qwen3_5=5e-5, gemma4=2e-5)     # by so much their own single pass and their own decoding differ
 
 
+@functools.cache
 def pair(name, role, **kwargs):
-    "A C2C model with this architecture in this role."
+    "A C2C model with this architecture in this role, shared between tests."
     return c2c_of(name, ['qwen3' if name != 'qwen3' else 'llama'], **kwargs) if role == 'receiver' else c2c_of('llama' if name != 'llama' else 'qwen3', [name], **kwargs)
 
 
@@ -46,8 +47,11 @@ def by_hand(c2c, ids, theirs, bounds, fused, steps):
     "One text: read a section with each model, project layer by layer, write, go on; then one token after the other. Logits and ids of each step."
     receiver, sharer, fuser = c2c.receiver, c2c.sharers[0], c2c.fusers[0]
     own, other = fresh(receiver), fresh(sharer)
+    def read(model, x, cache):                                   # positions are given, because Bamba would begin again at 0
+        positions = torch.arange(x.shape[1])[None] + cache.get_seq_length()
+        return model(x, past_key_values=cache, **(dict(position_ids=positions) if 'position_ids' in inspect.signature(type(model).forward).parameters else {})).logits[:, -1]
     for a, b, fuse in zip([0, *bounds], bounds, fused):
-        receiver(ids[:, a:b], past_key_values=own); sharer(theirs[:, a:b], past_key_values=other)
+        read(receiver, ids[:, a:b], own); read(sharer, theirs[:, a:b], other)
         if not fuse: continue
         old, said = ([(cache.layers[i].keys[:, :, a:b], cache.layers[i].values[:, :, a:b]) if i in g.fusable else None for i in range(g.layers)] for cache, g in ((own, fuser.receiver_geometry), (other, fuser.sharer_geometry)))
         for i, new in enumerate(looped(fuser, said, old)):
@@ -56,7 +60,7 @@ def by_hand(c2c, ids, theirs, bounds, fused, steps):
             layer.keys, layer.values = (torch.cat([x[:, :, :a], y], 2) for x, y in zip((layer.keys, layer.values), new))
     logits, out, x = [], [], ids[:, bounds[-1]:]
     for _ in range(steps):
-        logits.append(receiver(x, past_key_values=own).logits[:, -1]); x = logits[-1].argmax(-1, keepdim=True); out.append(x.item())
+        logits.append(read(receiver, x, own)); x = logits[-1].argmax(-1, keepdim=True); out.append(x.item())
     return logits, out
 
 
@@ -64,19 +68,20 @@ def by_hand(c2c, ids, theirs, bounds, fused, steps):
 @pytest.mark.parametrize('name', [*proved, *others])
 def test_reference(name, role):
     c2c, atol = pair(name, role), noisy.get(name, 1e-5)
-    changed = 0
-    for n in lengths:
+    layouts = dict(plain=lambda n: ([n-1], [True]), mixed=lambda n: ([1, n-2], [True, False]), three=lambda n: ([1, n-2, n-1], [False, True, True]))
+    for n, layout in zip((*lengths, lengths[-1], lengths[-1]), ('three', 'mixed', 'plain', 'mixed', 'three')[:3 if name in others else 5]):
+        bounds, fused = layouts[layout](n)
         ids, theirs = ids_of(1, n, seed=n), ids_of(1, n, seed=n + 50)
-        for bounds, fused in (([n-1], [True]), ([1, n-2], [True, False]), ([1, n-2, n-1], [False, True, True])):
-            sections = torch.bucketize(torch.arange(n), torch.tensor(bounds), right=True)[None]
-            active = torch.tensor([*fused, True])[sections][..., None]
-            logits, out = by_hand(c2c, ids, theirs, bounds, fused, 3)
-            ours = c2c.generate(ids, sharer_input_ids=[theirs], active=active, sections=sections, max_new_tokens=3, **logits_of)
-            assert ours.sequences[0, n:].tolist() == out
-            for a, b in zip(ours.logits, logits): close(a, b, atol)
-            with torch.no_grad(): close(c2c(ids, sharer_input_ids=[theirs], active=active, sections=sections).logits[:, -1], logits[0], atol)
-        with torch.no_grad(): changed += (c2c.receiver(ids).logits[:, -1] - by_hand(c2c, ids, theirs, [n-1], [True], 1)[0][0]).abs().max() > 1e-3
-    assert changed == len(lengths), 'fusing changed nothing'
+        sections = torch.bucketize(torch.arange(n), torch.tensor(bounds), right=True)[None]
+        kw = dict(sharer_input_ids=[theirs], active=torch.tensor([*fused, True])[sections][..., None], sections=sections)
+        logits, out = by_hand(c2c, ids, theirs, bounds, fused, 3)
+        ours = c2c.generate(ids, **kw, max_new_tokens=3, **logits_of)
+        assert ours.sequences[0, n:].tolist() == out
+        for a, b in zip(ours.logits, logits): close(a, b, atol)
+        if layout != 'plain': continue
+        with torch.no_grad(): forward, alone = c2c(ids, **kw).logits[:, -1], c2c.receiver(ids).logits[:, -1]
+        close(forward, logits[0], atol)
+        assert (alone - logits[0]).abs().max() > 1e-3, 'fusing changed nothing'
 
 
 # contract 1
@@ -322,7 +327,7 @@ def test_layers_without_positions_are_not_read():
     with torch.no_grad(): tiny('lfm2')(ids_of(1, 5), past_key_values=cache)
     x = torch.zeros(1, 2, 1, 8)
     for run in (lambda: read_layer(cache, 0)), (lambda: write_layer(cache, 0, x, x)):
-        with pytest.raises(ValueError, match='layer 0 is a LinearAttentionLayer.*fusable'): run()
+        with pytest.raises(ValueError, match='layer 0 .* keeps no keys and values by position.*fusable'): run()
     shared = make_cache(tiny('gemma4').config)
     with pytest.raises(ValueError, match='layer 5 is a DummyLayer'): read_layer(shared, 5)
 
@@ -334,25 +339,23 @@ def test_windows_and_states():
 
 # half precision
 
-@pytest.mark.parametrize('receiver,sharer', [('qwen3', 'gemma2'), ('gpt2', 'qwen2'), ('mistral_6', 'llama')])
+@pytest.mark.parametrize('receiver,sharer', [('qwen3', 'gemma2'), ('gpt2', 'qwen2'), ('mistral_6', 'lfm2')])
 def test_half_precision(receiver, sharer):
-    "Receiver, sharer and fuser in any types: it runs, the answer has the receiver's type and is near that of single precision, closed gates change nothing."
+    "Receiver and sharer in any types: it runs, the answer has the receiver's type and is near that of single precision, closed gates change nothing."
     types, ids = (torch.float32, torch.bfloat16, torch.float16), ids_of(2, 9)
     mask = torch.ones_like(ids); mask[1, :3] = 0
     r, s = ({t: copy.deepcopy(m).to(t) for t in types} for m in (tiny(receiver), tiny(sharer, 1)))
     reference = None
     for a in types:
-        own = r[a].generate(ids, attention_mask=mask, max_new_tokens=3, **logits_of)
+        own = r[a].generate(ids, attention_mask=mask, max_new_tokens=2, **logits_of)
         for b in types:
-            for f in types:
-                if f != torch.float32 and a == b == torch.float32: continue
-                c2c = C2CModel(r[a], [s[b]], [fuser_for(r[a], s[b]).to(f)])
-                with torch.no_grad(): logits = c2c(ids, mask).logits
-                assert logits.dtype == a and torch.isfinite(logits).all() and c2c.prefill(ids, mask).layers[0].keys.dtype == a
-                if reference is None: reference = logits
-                assert (logits.float() - reference).abs().mean() < .05*reference.abs().mean(), (a, b, f)
-            closed = C2CModel(r[a], [s[b]], [fuser_for(r[a], s[b], gate=-1.).to(b)])
-            ours = closed.generate(ids, mask, max_new_tokens=3, **logits_of)
+            c2c = C2CModel(r[a], [s[b]], [fuser_for(r[a], s[b]).to(torch.float32 if a == b else torch.bfloat16)])
+            with torch.no_grad(): out = c2c(ids, mask)
+            assert out.logits.dtype == a and torch.isfinite(out.logits).all() and out.past_key_values.layers[0].keys.dtype == a
+            if reference is None: reference = out.logits
+            assert (out.logits.float() - reference).abs().mean() < .05*reference.abs().mean(), (a, b)
+            set_gates(c2c.fusers[0], [-1.])
+            ours = c2c.generate(ids, mask, max_new_tokens=2, **logits_of)
             assert torch.equal(ours.sequences, own.sequences) and all(torch.equal(x, y) for x, y in zip(ours.logits, own.logits))
 
 
@@ -401,7 +404,7 @@ def test_ways_to_generate(name, kw):
 def test_streams(name, tokenizer, capsys):
     c2c, ids = pair(name, 'receiver'), ids_of(1, 9)
     answer = c2c.generate(ids, max_new_tokens=5)
-    text = tokenizer.decode(answer[0, 9:])
+    text = tokenizer.decode(answer[0, 9:]).strip()
     assert torch.equal(c2c.generate(ids, max_new_tokens=5, streamer=TextStreamer(tokenizer, skip_prompt=True)), answer)
     assert capsys.readouterr().out.strip() == text
     both = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60), TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
