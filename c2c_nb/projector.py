@@ -70,6 +70,7 @@ class Projector(nn.Module, ABC):
 
     Position-wise: what comes out at a position depends on that position alone. A subclass implements `delta`."""
     stackable = False # True: `delta` also works with parameters and inputs that have a layer dimension in front
+    position_wise = True # False: what comes out also depends on how far a position is from the start of its section
     def __init__(self,
         sharer_heads:int, # KV heads of the sharer layer
         sharer_dim:int, # head dim of the sharer layer

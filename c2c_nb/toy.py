@@ -103,10 +103,11 @@ class Recipe:
 
 # %% ../nbs/05_toy.ipynb #def-world
 class World:
-    """Two models that know different things, and questions about them.
+    """Models that know different things, and questions about them.
 
-    A subclass gives `vocabulary` (or `build_tokenizer`), `config`, `recipe`, `lessons`, `questions`, `note_prompt` and `noted_prompt`, and is decorated with `register_world`."""
+    `roles` are the models, the receiver first. A subclass gives `vocabulary` (or `build_tokenizer`), `config`, `recipe`, `lessons`, `questions`, `note_prompt` and `noted_prompt`, and is decorated with `register_world`."""
     name, title = '', ''
+    roles = ('receiver', 'sharer')
     skills = ('', '') # what the sharer knows, what the receiver knows
     chance = .1 # accuracy of guessing
     note_tokens = 8 # a note is cut off here
@@ -121,6 +122,7 @@ class World:
         self.tokenizer = self.build_tokenizer()
 
     def build_tokenizer(self): return word_tokenizer(self.vocabulary())
+    def tokenizer_of(self, role:str): "The tokenizer of a model, unless it has its own the world's."; return self.tokenizer
     def vocabulary(self)->list[str]: raise NotImplementedError
     def config(self, role:str): "Config of the 'sharer' or the 'receiver'."; raise NotImplementedError
     def recipe(self, role:str)->Recipe: "How the 'sharer' or the 'receiver' is pretrained."; raise NotImplementedError
@@ -130,9 +132,9 @@ class World:
     def noted_prompt(self, prompt:str, note:str)->str: "T2T, second step: what the receiver reads."; raise NotImplementedError
 
     def key(self)->str:
-        "A hash of everything that decides the two models: configs, recipes, vocabulary, and what the lessons look like."
-        sample = {r: [[asdict(e) for e in self.lessons(r, p, 16, random.Random(0))] for p in (0., .3, .5, .7, .9)] for r in ('receiver', 'sharer')}
-        facts = [self.name, self.seed, self.kwargs, self.tokenizer.get_vocab(), sample] + [[self.config(r).to_dict(), asdict(self.recipe(r))] for r in ('receiver', 'sharer')]
+        "A hash of everything that decides the models: configs, recipes, vocabulary, and what the lessons look like."
+        sample = {r: [[asdict(e) for e in self.lessons(r, p, 16, random.Random(0))] for p in (0., .3, .5, .7, .9)] for r in self.roles}
+        facts = [self.name, self.seed, self.kwargs, self.tokenizer.get_vocab(), sample] + [[self.config(r).to_dict(), asdict(self.recipe(r))] for r in self.roles]
         for f in facts[5:]: f[0].pop('transformers_version', None)
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
@@ -250,11 +252,11 @@ def lesson_loss(
 # %% ../nbs/05_toy.ipynb #def-pretrain
 def pretrain(
     world:World, # whose lessons are learned
-    role:str, # 'receiver' or 'sharer'
+    role:str, # one of the world's roles
     report=None, # called as report(step, loss) after each step
 )->tuple[PreTrainedModel, list[float]]: # the model and its losses
     "Make one of the world's models from scratch. Leaves torch's random state as it was."
-    recipe, rng = world.recipe(role), random.Random(f'{role} {world.seed}')
+    recipe, tokenizer, rng = world.recipe(role), world.tokenizer_of(role), random.Random(f'{role} {world.seed}')
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(world.seed)
         model = AutoModelForCausalLM.from_config(world.config(role), dtype=torch.float32).train()
@@ -263,7 +265,7 @@ def pretrain(
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1., (i+1)/20)*cosine(i))
         losses = []
         for step in range(recipe.steps):
-            batch = collate(world.tokenizer, world.lessons(role, step/recipe.steps, recipe.batch, rng))
+            batch = collate(tokenizer, world.lessons(role, step/recipe.steps, recipe.batch, rng))
             loss = lesson_loss(model, batch, recipe.exit_weight, recipe.exit_from)
             opt.zero_grad(); loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -284,18 +286,18 @@ def _pretrain_in_child():
     def report(step, loss):
         if step % 4 == 0: print(json.dumps([step, loss]), flush=True)
     model, losses = pretrain(world, task['role'], report)
-    model.save_pretrained(task['folder']); world.tokenizer.save_pretrained(task['folder'])
+    model.save_pretrained(task['folder']); world.tokenizer_of(task['role']).save_pretrained(task['folder'])
     record = dict(role=task['role'], losses=losses, cpu_seconds=time.process_time() - start, recipe=asdict(world.recipe(task['role'])))
     Path(task['folder'], 'pretraining.json').write_text(json.dumps(record))
 
-# %% ../nbs/05_toy.ipynb #def-pretrain-both
-def _pretrain_both(world, folder, progress):
-    "Run two children that write the models to `folder`/receiver and `folder`/sharer."
+# %% ../nbs/05_toy.ipynb #def-pretrain-all
+def _pretrain_all(world, folder, progress):
+    "Run children, one for each role, that write the models to `folder`/role."
     module = type(world).__module__
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join([str(Path(find_spec('c2c_nb').origin).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])]))
     children, threads = [], []
     try:
-        for i, role in enumerate(('sharer', 'receiver')):
+        for i, role in enumerate(world.roles[::-1]):
             task = dict(module='c2c_nb.toy' if module == '__main__' else module, world=world.name, seed=world.seed, kwargs=world.kwargs, role=role, folder=str(folder/role))
             errors = open(folder/f'{role}.log', 'w+')
             child = subprocess.Popen([sys.executable, '-c', 'from c2c_nb.toy import _pretrain_in_child; _pretrain_in_child()', json.dumps(task)], env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -317,7 +319,7 @@ def _pretrain_both(world, folder, progress):
             errors.close()
         for t in threads: t.join()
         for _, child, _ in children: child.stdout.close()
-    for role in 'receiver', 'sharer': (folder/f'{role}.log').unlink()
+    for role in world.roles: (folder/f'{role}.log').unlink()
 
 # %% ../nbs/05_toy.ipynb #71e79951
 _loading = threading.Lock() # transformers' from_pretrained is not made for several threads at once
@@ -328,18 +330,18 @@ def build_models(
     fresh:bool=False, # make them again although they are there
     progress:bool=True, # show progress bars
     cache:str|Path|None=None, # folder to keep them in; None: `c2c_nb` in the user's cache
-)->tuple[PreTrainedModel, PreTrainedModel]: # receiver and sharer
-    """The world's two models, made on the spot or taken from the cache.
+)->tuple[PreTrainedModel, ...]: # one for each role, the receiver first
+    """The world's models, made on the spot or taken from the cache.
 
     Raises `RuntimeError` with the child's message when pretraining fails."""
     cache = Path(cache or xdg_cache_home()/'c2c_nb')
     folder = cache/f'{world.name}-{world.seed}-{world.key()}'
-    complete = lambda: (folder/'sharer'/'model.safetensors').exists()
+    complete = lambda: (folder/world.roles[-1]/'model.safetensors').exists()
     if fresh or not complete():
         cache.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=cache, prefix='.building-'))
         try:
-            _pretrain_both(world, building, progress)
+            _pretrain_all(world, building, progress)
             if fresh or not complete(): shutil.rmtree(folder, ignore_errors=True)
             try: building.rename(folder)
             except OSError:                                      # another builder was faster, with the same result
@@ -347,7 +349,7 @@ def build_models(
         finally: shutil.rmtree(building, ignore_errors=True)
     load = lambda role: AutoModelForCausalLM.from_pretrained(folder/role).eval().requires_grad_(False)
     try:
-        with _loading: return load('receiver'), load('sharer')
+        with _loading: return tuple(load(role) for role in world.roles)
     except Exception as e:
         if fresh: raise
         warnings.warn(f'the models in {folder} cannot be read ({type(e).__name__}: {e}); they are made again')
@@ -433,7 +435,7 @@ def connect(
 
 # %% ../nbs/05_toy.ipynb #def-train-fuser
 def train_fuser(
-    c2c:C2CModel, # receiver, sharer and the fuser to train
+    c2c:C2CModel, # receiver, sharers and the fusers to train
     world:World, # whose training questions are used
     steps:int|None=None, # optimizer steps; None: the world's own number
     batch:int=128, # questions in each
@@ -443,12 +445,13 @@ def train_fuser(
     questions:list[list[Example]]|None=None, # pools to draw from in equal parts; None: the training questions of both skills
     every:int=0, # look at validation accuracy after so many steps; 0: never
     progress:bool=True, # show a progress bar
+    read=None, # makes of prompts what the model takes; None: the world's tokenizer, for all models
 )->list[dict]: # for each step its loss, and accuracies where they were looked at
-    "Train the fuser; both models stay as they are. Leaves torch's random state as it was."
-    fuser, steps, rng = c2c.fusers[0], steps or world.fuser_steps, random.Random(seed)
+    "Train the fuser, or several at once; all models stay as they are. Leaves torch's random state as it was."
+    steps, rng = steps or world.fuser_steps, random.Random(seed)
     pools = questions or [world.questions(skill, 'train') for skill in world.skills]
     look = {skill: random.Random(0).sample(q, min(250, len(q))) for skill in world.skills for q in [world.questions(skill, 'valid')]} if every else {}
-    trained = [p for p in fuser.parameters() if p.requires_grad]
+    trained = [p for p in c2c.fusers.parameters() if p.requires_grad]
     opt, history = torch.optim.AdamW(trained, lr=lr, weight_decay=.01), []
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: .05 + .95*min(1., 2 - 2*i/steps))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -456,9 +459,11 @@ def train_fuser(
         bar = tqdm(range(steps), desc='training the fuser', disable=not progress)
         for step in bar:
             c2c.train()
-            fuser.set_temperature(exponential_temperature(step, 1., final_temperature, steps))
-            asked = collate(world.tokenizer, [rng.choice(pools[i % len(pools)]) for i in range(batch)])
-            logits = c2c(input_ids=asked['input_ids'], attention_mask=asked['attention_mask']).logits       # (b, 1, vocabulary): after the last prompt token
+            for fuser in c2c.fusers: fuser.set_temperature(exponential_temperature(step, 1., final_temperature, steps))
+            drawn = [rng.choice(pools[i % len(pools)]) for i in range(batch)]
+            asked = collate(world.tokenizer, drawn)
+            inputs = read([q.prompt for q in drawn]) if read else {k: asked[k] for k in ('input_ids', 'attention_mask')}
+            logits = c2c(**inputs).logits       # (b, 1, vocabulary): after the last prompt token
             loss = F.cross_entropy(logits[:, -1], asked['targets'][:, -1])
             opt.zero_grad(); loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.)
@@ -532,7 +537,9 @@ def systems(
         return reply(receiver, tok, [world.noted_prompt(p, n) for p, n in zip(prompts, notes)])
     ways = {'receiver alone': lambda prompts: reply(receiver, tok, prompts), 'sharer alone': lambda prompts: reply(sharer, tok, prompts), 'T2T': t2t, 'C2C': lambda prompts: reply(c2c, tok, prompts)}
     if not controls: return ways
-    zeroed, random_ = (C2CModel(receiver, [s], [fuser], check=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)              # these sharers are others than the fuser was made for, on purpose
+        zeroed, random_ = (C2CModel(receiver, [s], [fuser], strict=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
     return ways | {'mismatched cache': lambda prompts: reply(c2c, tok, prompts, sharer_prompts=other_questions(prompts, tok)),
         'zeroed cache': lambda prompts: reply(zeroed, tok, prompts), 'random sharer': lambda prompts: reply(random_, tok, prompts)}
 

@@ -206,7 +206,7 @@ def sick(value, where='v_proj', layer=0):
 @pytest.mark.parametrize('where', ['k_proj', 'v_proj'])
 def test_nan_in_a_sharer_is_refused(value, where):
     r, s = tiny('qwen3'), sick(value, where)
-    c2c = C2CModel(r, [s], [fuser_for(r, tiny('llama', 1))], check=False)
+    c2c = C2CModel(r, [s], [fuser_for(r, tiny('llama', 1))], strict=False)
     half = 'keys' if where == 'k_proj' else 'values'
     labels = ids.clone(); labels[:, :5] = -100
     active = (torch.arange(8) < 4)[None, :, None].expand(2, -1, 1)
@@ -223,7 +223,7 @@ def test_nan_passes_where_nobody_listens(how):
     if how == 'one half closed':
         with torch.no_grad(): fuser.stacks[0].projector.value_gate_logit.fill_(-1.)
     active = {'active': torch.zeros(2, 8, 1, dtype=torch.bool)} if how == 'inactive' else {}
-    ours, expected = (C2CModel(r, [x], [fuser], check=False).generate(ids, **active, max_new_tokens=3) for x in (s, healthy))
+    ours, expected = (C2CModel(r, [x], [fuser], strict=False).generate(ids, **active, max_new_tokens=3) for x in (s, healthy))
     assert torch.equal(ours, expected)
 
 
