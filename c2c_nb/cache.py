@@ -306,7 +306,8 @@ def rope_table(
         kind = config.layer_types[layer]; rope = rope[kind]
         if rope is None: raise ValueError(f"{config.model_type}: layer {layer} ({kind}) has no rotary position embedding: keep the fuser's key_space='cache'")
     if rope['rope_type'] == 'default':
-        dim = int((getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads) * rope.get('partial_rotary_factor', 1.0))
+        own = config.per_layer_config[layer]                    # layers may differ in width
+        dim = int((getattr(own, 'head_dim', None) or own.hidden_size//own.num_attention_heads) * rope.get('partial_rotary_factor', 1.0))
         frequency, scaling = rope['rope_theta'] ** (-torch.arange(0, dim, 2, dtype=torch.float) / dim), 1.0
     else:
         init = ROPE_INIT_FUNCTIONS[rope['rope_type']]

@@ -116,6 +116,13 @@ def test_2_rows_are_independent_in_short(name):
     assert_rows_are_alone(pair(name, 'sharer'), rows_for(name)[1:3], 'left', steps=1)
 
 
+@roles
+@each
+def test_2_rows_are_independent_with_followed_responses(name, role):
+    c2c = pair(name, role)
+    assert_rows_are_alone(C2CModel(c2c.receiver, list(c2c.sharers), list(c2c.fusers), follow_response=True), rows_for(name)[:3], 'left', steps=2, atol=noisy.get(name, 1e-5))
+
+
 # contract 6
 
 @each
@@ -188,6 +195,19 @@ def test_9_saved_and_loaded_is_the_same(name, tmp_path):
         c2c.fusers[0].save_pretrained(tmp_path/role)
         again = C2CModel(c2c.receiver, list(c2c.sharers), [Fuser.from_pretrained(tmp_path/role)])
         with torch.no_grad(): assert torch.equal(again(ids).logits, c2c(ids).logits)
+
+
+# without rotation
+
+@each
+def test_without_rotation_or_refused(name):
+    "Keys are fused without rotation where every layer's can be undone; otherwise the message says which layer's cannot."
+    r, s = tiny(name), tiny('llama', 1)
+    without = dict(gpt2='gpt2', opt='opt', bloom='bloom', nemotron_h='nemotron_h', falcon_alibi='layer 0', smollm3='layer 1', granitemoehybrid='layer 1')
+    make = lambda: C2CModel(r, [s], [fuser_for(r, s, key_space='unrotated')])
+    if name not in without: return assert_rows_are_alone(make(), rows_for(name)[:2], 'left', steps=1, atol=5e-5)
+    with pytest.raises(ValueError, match=without[name]) as e: make()
+    assert "key_space='cache'" in str(e.value)
 
 
 # training
