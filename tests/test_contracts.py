@@ -532,7 +532,7 @@ def test_9_saved_over_an_older_one(tmp_path):
     r, s = tiny('qwen3'), tiny('llama', 1)
     for seed in 1, 2: (fuser := fuser_for(r, s, seed=seed)).save_pretrained(tmp_path/'fuser')
     assert Fuser.from_pretrained(tmp_path/'fuser').fingerprint() == fuser.fingerprint()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['fuser'] and sorted(p.name for p in (tmp_path/'fuser').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['fuser'] and sorted(p.name for p in (tmp_path/'fuser').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
 
 
 @pytest.mark.parametrize('says,tensors', [
