@@ -43,8 +43,10 @@ def load_tokenizer(
         try: found = bool(hf_hub_download(str(name), 'tokenizer.json', **hub))
         except EntryNotFoundError: found = False                 # or offline and not in the cache: then `AutoTokenizer` will say so
         except (RepositoryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository on the hub") from e
-    try: return (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
+    try: tokenizer = (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
     except (OSError, ValueError) as e: raise FileNotFoundError(f"no tokenizer could be loaded from {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens): raise FileNotFoundError(f"there is no tokenizer in {name}: transformers made one with no words at all")
+    return tokenizer
 
 # %% ../nbs/03_align.ipynb #def-name
 def _name(tokenizer): return str(getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__)
@@ -486,18 +488,12 @@ def shared_vocabulary(
     r, s = (t.backend_tokenizer for t in (receiver_tokenizer, sharer_tokenizer))
     sizes = [t.get_vocab_size(with_added_tokens=False) for t in (r, s)]
     if sizes[0] != sizes[1] or r.get_vocab(with_added_tokens=False) != s.get_vocab(with_added_tokens=False): return [f"their vocabularies differ ({sizes[0]} and {sizes[1]} entries without added tokens)"], {}
-    if _fingerprint(receiver_tokenizer) == _fingerprint(sharer_tokenizer): return [], {}
+    if tokenizer_fingerprint(receiver_tokenizer) == tokenizer_fingerprint(sharer_tokenizer): return [], {}
     r, s = (json.loads(t.to_str()) for t in (r, s))
     if wrong := [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]] + [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k)]: return wrong, {}
     ids, theirs = [sorted((t['id'], t['content']) for t in x['added_tokens']) for x in (r, s)]
     own = [i for i, c in ids if (i, c) not in theirs]
     return [], dict(zip(own, _token_map(receiver_tokenizer, sharer_tokenizer, 'longest', own).tolist())) if own else {}
-
-# %% ../nbs/03_align.ipynb #def-fingerprint
-def _fingerprint(tokenizer)->str:
-    "`tokenizer_fingerprint`, whatever was done with the tokenizer before: padding and truncation of an earlier call are part of its state, and a plain call takes them back."
-    tokenizer('', add_special_tokens=False)
-    return tokenizer_fingerprint(tokenizer)
 
 # %% ../nbs/03_align.ipynb #def-c2cbatch
 class C2CBatch(BatchFeature):
@@ -593,7 +589,7 @@ def _row(self:C2CProcessor,
         for s in a.sections: room[s.receiver[1]] = max(room[s.receiver[1]], (s.sharer[1] - s.sharer[0]) - (s.receiver[1] - s.receiver[0]))
     column, at = [], 0
     for i in range(n): at += room[i]; column.append(at); at += 1
-    width = at + room[n]
+    width = at                                                   # the row ends with the receiver's last token; what a sharer's template has behind it cannot be heard
     def spread(values, fill):
         out = [fill]*width
         for c, v in zip(column, values): out[c] = v
@@ -612,7 +608,8 @@ def _row(self:C2CProcessor,
                 (ra, rb), new = s.receiver, a.sharer_ids[slice(*s.sharer)]
                 if s.kind == 'message': where = column[ra:rb]
                 else: begin = column[ra] if ra < rb else (column[ra] if ra < n else at + room[n]) - room[ra]; where = range(begin, begin + len(new))
-                for c, i in zip(where, new): theirs[c], heard[c] = i, True
+                for c, i in zip(where, new):
+                    if c < width: theirs[c], heard[c] = i, True
             sharer_ids.append(theirs); sharer_masks.append(heard); pairing.append(None)
     wide = torch.zeros(width, sharers, dtype=torch.bool)
     wide[column] = active
@@ -705,7 +702,7 @@ def save_pretrained(self:C2CProcessor,
     try:
         self.receiver_tokenizer.save_pretrained(staging/'receiver_tokenizer')
         for j, t in enumerate(self.sharer_tokenizers): t.save_pretrained(staging/'sharer_tokenizers'/str(j))
-        fingerprint = lambda part: _fingerprint(load_tokenizer(staging/part))
+        fingerprint = lambda part: tokenizer_fingerprint(load_tokenizer(staging/part))
         config = dict(format_version=1, strategies=self.strategies, receiver_tokenizer=fingerprint('receiver_tokenizer'), sharer_tokenizers=[fingerprint(f'sharer_tokenizers/{j}') for j in range(len(self.sharer_tokenizers))])
         (staging/PROCESSOR_CONFIG).write_text(json.dumps(config, indent=2))
         for part in ('receiver_tokenizer', 'sharer_tokenizers'):
@@ -733,7 +730,7 @@ def from_pretrained(cls:C2CProcessor,
     if config.get('format_version') != 1: raise ValueError(f"{file} has format version {config.get('format_version')!r}, this c2c_nb reads 1: upgrade c2c_nb")
     parts = {'receiver_tokenizer': config.get('receiver_tokenizer')} | {f'sharer_tokenizers/{j}': f for j, f in enumerate(config['sharer_tokenizers'])}
     tokenizers = {p: load_tokenizer(folder/p) for p in parts}
-    if wrong := [f"{p} has {found}, {PROCESSOR_CONFIG} says {parts[p]}" for p, t in tokenizers.items() if (found := _fingerprint(t)) != parts[p]]:
+    if wrong := [f"{p} has {found}, {PROCESSOR_CONFIG} says {parts[p]}" for p, t in tokenizers.items() if (found := tokenizer_fingerprint(t)) != parts[p]]:
         raise ValueError(f"{folder}: fingerprints of tokenizers differ, so they come from different saves, or were damaged or edited; save the processor again\n  " + '\n  '.join(wrong))
     receiver, *sharers = tokenizers.values()
     return cls(receiver, sharers, config['strategies'])
@@ -749,7 +746,7 @@ def merge(cls:C2CProcessor,
     first, wrong = processors[0], []
     for i, p in enumerate(processors[1:], 1):
         r, s = first.receiver_tokenizer, p.receiver_tokenizer
-        if _fingerprint(r) != _fingerprint(s): wrong.append(f"processor {i} has {_name(s)} ({_fingerprint(s)}), processor 0 has {_name(r)} ({_fingerprint(r)})")
+        if tokenizer_fingerprint(r) != tokenizer_fingerprint(s): wrong.append(f"processor {i} has {_name(s)} ({tokenizer_fingerprint(s)}), processor 0 has {_name(r)} ({tokenizer_fingerprint(r)})")
         elif r.chat_template != s.chat_template: wrong.append(f"processor {i} has another chat template than processor 0")
     if wrong: raise ValueError("these processors have different receiver tokenizers:\n  " + '\n  '.join(wrong))
     return cls(first.receiver_tokenizer, [t for p in processors for t in p.sharer_tokenizers], [s for p in processors for s in p.strategies])

@@ -47,7 +47,7 @@ def read_published_tensors(
     "State dict of one projector, read without running code in it. Raises `FileNotFoundError` or `ValueError`."
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"{file} is missing: the checkpoint folder is incomplete") from None
-    except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust ({str(e).splitlines()[0]})") from e
+    except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust") from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): truncated, or not a PyTorch file") from e
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of tensors")
     return state

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from c2c_nb import align
+from c2c_nb.fuser import tokenizer_fingerprint
 from c2c_nb.align import C2CProcessor, TokenAligner, load_tokenizer, read_chat, read_text, shared_vocabulary
 from conftest import shared_path
 
@@ -426,7 +427,7 @@ def test_batches(kind):
 
 
 def test_layout_of_several_sharers():
-    "Where two sharers see other templates, all tokens of all of them stand in order, and messages one for one."
+    "Where two sharers see other templates, all tokens of all of them stand in order, and messages one for one; a row ends with the receiver's last token."
     wide = with_template('small', "{{ 'a very long beginning that needs room ' }}" + plain + "{{ 'and an end' }}")
     dropping = with_template('pieces', "{% for m in messages if m.role != 'assistant' %}{{ m.role + '=' + m.content }}{% endfor %}{{ 'so: what is it then' }}")
     p = C2CProcessor(tokenizer('small'), [wide, dropping, tokenizer('small-nfc')], ['first', 'longest', 'offsets'])
@@ -435,7 +436,8 @@ def test_layout_of_several_sharers():
     assert batch['input_ids'][0][batch['attention_mask'][0].bool()].tolist() == read_chat(tokenizer('small'), chat).ids
     for j in (0, 1):
         alone = p.aligners[j].align_chat(chat)
-        assert batch['sharer_input_ids'][j][0][batch['sharer_attention_mask'][j][0].bool()].tolist() == alone.sharer_ids
+        heard = batch['sharer_input_ids'][j][0][batch['sharer_attention_mask'][j][0].bool()].tolist()
+        assert heard == alone.sharer_ids[:len(heard)] and len(heard) >= alone.sections[-1].sharer[0] and batch['attention_mask'][0, -1]
         columns = batch['attention_mask'][0].nonzero()[:, 0]
         for s in alone.sections:
             if s.kind == 'message': assert batch['sharer_input_ids'][j][0][columns[slice(*s.receiver)]].tolist() == alone.sharer_ids[slice(*s.sharer)]
@@ -525,7 +527,7 @@ def test_real_ones_saved_and_loaded(assets, tmp_path, name):
     p.receiver_tokenizer(['a', 'longer text'], padding=p.receiver_tokenizer.pad_token is not None)     # leaves padding in the tokenizer's state
     p.save_pretrained(tmp_path)
     again = C2CProcessor.from_pretrained(tmp_path)
-    assert align._fingerprint(again.receiver_tokenizer) == align._fingerprint(tokenizer(name)) == json.loads((tmp_path/'processor_config.json').read_text())['receiver_tokenizer']
+    assert tokenizer_fingerprint(again.receiver_tokenizer) == tokenizer_fingerprint(tokenizer(name)) == json.loads((tmp_path/'processor_config.json').read_text())['receiver_tokenizer']
     assert again.receiver_tokenizer.chat_template == tokenizer(name).chat_template
     for text in texts: assert again.receiver_tokenizer(text).input_ids == tokenizer(name)(text).input_ids
 
@@ -566,9 +568,9 @@ def test_killed_while_saving(tmp_path, monkeypatch):
         try: new.save_pretrained(tmp_path)
         except KeyboardInterrupt: pass
         monkeypatch.setattr(os, 'replace', replace)
-        try: got = align._fingerprint(C2CProcessor.from_pretrained(tmp_path).receiver_tokenizer)
+        try: got = tokenizer_fingerprint(C2CProcessor.from_pretrained(tmp_path).receiver_tokenizer)
         except (ValueError, FileNotFoundError): outcomes.add('refused'); continue
-        outcomes.add({align._fingerprint(old.receiver_tokenizer): 'old', align._fingerprint(new.receiver_tokenizer): 'new'}[got])
+        outcomes.add({tokenizer_fingerprint(old.receiver_tokenizer): 'old', tokenizer_fingerprint(new.receiver_tokenizer): 'new'}[got])
     assert outcomes == {'old', 'refused', 'new'}
     assert not [x for x in tmp_path.iterdir() if x.name.startswith('.processor')]
 
