@@ -120,7 +120,7 @@ def _answer(self:Chat, side, messages, cache, streamer):
     kwargs = dict(max_new_tokens=new, num_beams=1, streamer=streamer, **sampling) | ({} if pad is None else dict(pad_token_id=pad))
     cache = clone_cache(cache) if cache is not None else self.c2c.new_cache() if side == 'c2c' else FusedCache(receiver.config, [])
     with torch.random.fork_rng() if self.temperature else contextlib.nullcontext():
-        if self.temperature: torch.manual_seed(self.seed + len(messages))                 # a conversation that was saved goes on as it would have
+        if self.temperature: torch.manual_seed(self.seed + len(messages))                 # the same draws in a conversation that was saved
         if side == 'c2c': return self.c2c.chat(messages, cache=cache, **kwargs), cache
         return self._alone(messages, cache, **kwargs)
 
@@ -133,8 +133,9 @@ def ask(self:Chat,
     for side in self.sides[self.mode]:
         talk, words, cache = self.talks[side], _Words(self.c2c.processor.receiver_tokenizer, self.write), None
         asked = talk.messages + [dict(role='user', content=question)]
-        if self.label or self.mode == 'both': self.write(f'{side}> ')
-        try: text, cache = self._answer(side, asked, talk.cache, words)
+        try:
+            if self.label or self.mode == 'both': self.write(f'{side}> ')
+            text, cache = self._answer(side, asked, talk.cache, words)
         except KeyboardInterrupt:
             words.end()
             text = words.said

@@ -54,6 +54,9 @@ def c2c_demo(
     print('Seconds: ' + ', '.join(f'{stage} {s:.0f}' for stage, s in r.about['seconds'].items()) + f'. Figure: {figure}')
     if results: results.write_text(json.dumps(asdict(r))); print(f'Numbers: {results}')
 
+# %% ../nbs/13_cli.ipynb #chat-settings
+_settings = dict(fusion='parallel', follow_response=False, max_new_tokens=512, temperature=0., seed=0)
+
 # %% ../nbs/13_cli.ipynb #def-read-conversation
 def read_conversation(
     file:str|Path, # written by `/save`
@@ -65,7 +68,7 @@ def read_conversation(
     if not isinstance(c, dict) or c.get('format') != 'c2c_nb chat': raise ValueError(f"{file} is not a saved conversation: name a file that /save wrote, or one that is not there yet")
     if c.get('version') != 1: raise ValueError(f"{file} has version {c.get('version')!r}, this c2c_nb reads 1: upgrade c2c_nb")
     message = lambda m: isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and isinstance(m.get('content'), str)
-    sound = (c.get('mode') in ('receiver', 'c2c', 'both') and isinstance(c.get('system'), str) and isinstance(c.get('settings'), dict)
+    sound = (c.get('mode') in ('receiver', 'c2c', 'both') and isinstance(c.get('system'), str) and isinstance(c.get('settings'), dict) and set(c['settings']) == set(_settings) and all(type(c['settings'][k]) in (type(v), int) for k, v in _settings.items())
         and isinstance(c.get('fusers'), list) and all(isinstance(f, dict) for f in c['fusers'])
         and isinstance(c.get('sides'), dict) and set(c['sides']) == {'receiver', 'c2c'} and all(isinstance(ms, list) and all(map(message, ms)) for ms in c['sides'].values()))
     if not sound: raise ValueError(f"{file} is a damaged conversation: it must hold mode, system, settings, fusers, and messages with role and content for the sides receiver and c2c")
@@ -107,11 +110,11 @@ def c2c_chat(
     max_new_tokens:int=None, # length of an answer; if not given 512, or 1 for the tiny models, whose answers are single digits
     temperature:float=None, # of sampling; 0, if not given: always the likeliest token
     seed:int=None, # of sampling; 0, if not given
-    system:str='', # system message
-    mode:str='', # who answers at first: 'c2c' (if not given), 'receiver' or 'both'
+    system:str=None, # system message
+    mode:str=None, # who answers at first: 'c2c' (if not given), 'receiver' or 'both'
     dtype:str='auto', # of the models: 'auto' (as they were saved), 'float32', 'bfloat16' or 'float16'
-    device:str='', # a device, or 'auto' to spread the models over all; if not given, the GPU where there is one
-    load:str='', # a conversation to go on with, written by /save; its fusers and settings are taken where no others are given
+    device:str=None, # a device, or 'auto' to spread the models over all; if not given, the GPU where there is one
+    load:str=None, # a conversation to go on with, written by /save; its fusers and settings are taken where no others are given
 ):
     "Talk to a receiver that is helped by its sharers' caches, alone, or both ways. /help lists what can be typed besides questions."
     refuse, saved = lambda message: _refuse(message, 'c2c_chat'), None
@@ -120,10 +123,10 @@ def c2c_chat(
             if system: raise ValueError("--system and --load were given, but a saved conversation has its system message: leave one out")
             saved = read_conversation(load)
             fusers = fusers or [f['name'] for f in saved['fusers'] if f.get('name')]
-        settings = dict(fusion='parallel', follow_response=False, max_new_tokens=512 if fusers else 1, temperature=0., seed=0) | (saved['settings'] if saved else {})
+        settings = _settings | ({} if fusers else dict(max_new_tokens=1)) | (saved['settings'] if saved else {})
         settings |= {k: v for k, v in dict(fusion=fusion, follow_response=follow_response or None, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed).items() if v is not None}
-        for name, value, known in (('fusion', settings['fusion'], ('parallel', 'sequential')), ('mode', mode, ('', 'c2c', 'receiver', 'both')), ('dtype', dtype, ('auto', 'float32', 'bfloat16', 'float16'))):
-            if value not in known: raise ValueError(f"--{name} is {value!r}; use {', '.join(filter(None, known))}")
+        for name, value, known in (('fusion', settings['fusion'], ('parallel', 'sequential')), ('mode', mode or 'c2c', ('c2c', 'receiver', 'both')), ('dtype', dtype, ('auto', 'float32', 'bfloat16', 'float16'))):
+            if value not in known: raise ValueError(f"--{name} is {value!r}; use {', '.join(known)}")
         if not settings['max_new_tokens'] > 0: raise ValueError(f"--max_new_tokens is {settings['max_new_tokens']}; give a positive number")
         if not 0 <= settings['temperature'] < float('inf'): raise ValueError(f"--temperature is {settings['temperature']}; give 0 or a positive number")
         if len(receivers := set(filter(None, map(_check_fuser, fusers)))) > 1: raise ValueError(f"the fusers were made for different receivers: {', '.join(sorted(receivers))}")
@@ -138,7 +141,7 @@ def c2c_chat(
         try:
             c2c = open_model(fusers, fusion=settings.pop('fusion'), follow_response=settings.pop('follow_response'), dtype=dtype, **(dict(device_map=where) if where else {}))
             terminal = sys.stdin.isatty() and sys.stdout.isatty()
-            chat = Chat(c2c, system, mode or 'c2c', fusers=fusers, label=terminal, **settings)
+            chat = Chat(c2c, system or '', mode or 'c2c', fusers=fusers, label=terminal, **settings)
         except (OSError, ValueError, RuntimeError) as e: refuse(f"{', '.join(fusers) or 'the embedded pair'}: {e}")
         for stream in (sys.stdin, sys.stdout): stream.reconfigure(errors='replace')
         if saved: chat.load(saved); chat.mode = mode or chat.mode
