@@ -16,8 +16,22 @@ from dataclasses import dataclass, asdict
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# %% ../nbs/00_cache.ipynb #def-rebinding
+class _Rebinding:
+    "Where gradients are wanted, a state is replaced instead of overwritten, which autograd would not forgive."
+    def _renew(self, states, i):
+        if torch.is_grad_enabled() and states[i] is not None: states[i] = states[i].clone()
+    def update_conv_state(self, conv_states, state_idx=0, **kwargs): self._renew(self.conv_states, state_idx); return super().update_conv_state(conv_states, state_idx, **kwargs)
+    def update_recurrent_state(self, recurrent_states, state_idx=0, **kwargs): self._renew(self.recurrent_states, state_idx); return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+# %% ../nbs/00_cache.ipynb #def-statelayer
+class _StateLayer(_Rebinding, LinearAttentionLayer): pass
+
+# %% ../nbs/00_cache.ipynb #def-stateandattentionlayer
+class _StateAndAttentionLayer(_Rebinding, LinearAttentionAndFullAttentionLayer): pass
 
 # %% ../nbs/00_cache.ipynb #def-make-cache
 def make_cache(
@@ -27,7 +41,8 @@ def make_cache(
     cache = DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicSlidingWindowLayer: cache.layers[i] = DynamicLayer()
-        if type(layer) is LinearAttentionAndSlidingWindowAttentionLayer: cache.layers[i] = LinearAttentionAndFullAttentionLayer(layer.number_of_states)
+        if type(layer) is LinearAttentionLayer: cache.layers[i] = _StateLayer(layer.number_of_states)
+        if type(layer) in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer): cache.layers[i] = _StateAndAttentionLayer(layer.number_of_states)
     return cache
 
 # %% ../nbs/00_cache.ipynb #def-keeps-state
@@ -291,7 +306,8 @@ def rope_table(
         kind = config.layer_types[layer]; rope = rope[kind]
         if rope is None: raise ValueError(f"{config.model_type}: layer {layer} ({kind}) has no rotary position embedding: keep the fuser's key_space='cache'")
     if rope['rope_type'] == 'default':
-        dim = int((getattr(config, 'head_dim', None) or config.hidden_size//config.num_attention_heads) * rope.get('partial_rotary_factor', 1.0))
+        own = config.per_layer_config[layer]                    # layers may differ in width
+        dim = int((getattr(own, 'head_dim', None) or own.hidden_size//own.num_attention_heads) * rope.get('partial_rotary_factor', 1.0))
         frequency, scaling = rope['rope_theta'] ** (-torch.arange(0, dim, 2, dtype=torch.float) / dim), 1.0
     else:
         init = ROPE_INIT_FUNCTIONS[rope['rope_type']]

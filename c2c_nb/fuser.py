@@ -143,7 +143,8 @@ def tokenizer_fingerprint(
 )->str: # 16 hex digits
     "Hash of everything that decides which ids a text gets: vocabulary, merges, normalisation, added tokens."
     backend = getattr(tokenizer, 'backend_tokenizer', None)
-    text = backend.to_str() if backend is not None else json.dumps([tokenizer.get_vocab(), {str(k): str(v) for k, v in tokenizer.added_tokens_decoder.items()}], sort_keys=True)
+    if backend is None: text = json.dumps([tokenizer.get_vocab(), {str(k): str(v) for k, v in tokenizer.added_tokens_decoder.items()}], sort_keys=True)
+    else: text = backend.to_str(); text = text[text.index('"added_tokens"'):]                     # before it stand truncation and padding, which are left over from the last call
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/02_fuser.ipynb #alignments-2
@@ -529,7 +530,7 @@ def push_to_hub(self:Fuser,
     model_card_kwargs:dict|None=None, # keywords of `generate_model_card`
     **kwargs, # of the mixin's `push_to_hub`: `private`, `commit_message`, `branch`, `create_pr`, `token` …
 )->str: # address of the commit
-    "Upload the fuser with its model card to the Hugging Face hub."
+    "Upload the fuser with its model card to the Hugging Face hub. A card that is there already is replaced; `ignore_patterns=['README.md']` keeps it."
     return PyTorchModelHubMixin.push_to_hub(self, repo_id, model_card_kwargs={'name': repo_id} | (model_card_kwargs or {}), **kwargs)
 
 # %% ../nbs/02_fuser.ipynb #def-from-published
@@ -546,7 +547,7 @@ def from_published(cls:Fuser,
     recipe = f'{Path(subfolder).parent.as_posix()}/{CONFIG}'.removeprefix('./') if subfolder else None
     found = read_published(local_folder(name, ('projector_*', 'projector_config.json'), subfolder, (recipe,) if recipe else (), **hub), sharer)
     receiver, sharer_ = ({'name': n} if n else None for n in found.names)
-    imported = dict(imported_from=str(name) + (f'/{subfolder}' if subfolder else ''), **({'revision': hub['revision']} if hub.get('revision') else {}), **({'license': 'apache-2.0'} if str(name) == PUBLISHED else {}))
+    imported = dict(imported_from='/'.join(Path(name, subfolder or '').parts[-2:]) if Path(name).is_dir() else '/'.join(filter(None, (str(name), subfolder))), **({'revision': hub['revision']} if hub.get('revision') else {}), **({'license': 'apache-2.0'} if str(name) == PUBLISHED else {}))
     config = FuserConfig(projector=found.projector, projector_args=found.projector_args, layer_map=found.layer_map, receiver=receiver, sharer=sharer_, alignment=found.alignment if found.alignment in alignments else None,
         receiver_geometry=dict(layers=len(found.layer_map), kv_heads=found.shape[2], head_dim=found.shape[3]),
         sharer_geometry=dict(layers=max(j for j in found.layer_map if j is not None) + 1, kv_heads=found.shape[0], head_dim=found.shape[1]), training=imported | found.training)

@@ -8,6 +8,7 @@ __all__ = ['C2CModel']
 # %% ../nbs/04_model.ipynb #3dce8365
 import functools
 import inspect
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache import clone_cache, keeps_state, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
 from .align import C2CProcessor, load_tokenizer
-from .fuser import Fuser
+from .fuser import Fuser, model_facts, tokenizer_fingerprint
 from .plan import Cut, FusedCache, Plan, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
 
 # %% ../nbs/04_model.ipynb #def-c2cmodel
@@ -46,6 +47,9 @@ class C2CModel(nn.Module):
         if processor is not None and len(processor.strategies) != len(sharers): raise ValueError(f"the processor was made for {len(processor.strategies)} sharers, {len(sharers)} were given: make one with a tokenizer for each")
         tokenizers = [None]*(len(sharers) + 1) if processor is None else [processor.receiver_tokenizer, *processor.sharer_tokenizers]
         for sharer, fuser, theirs in zip(sharers, fusers, tokenizers[1:]): fuser.check(receiver, sharer, tokenizers[0], theirs, strict)
+        for j, (fuser, strategy) in enumerate(zip(fusers, processor.strategies if processor is not None else ())):
+            if fuser.config.alignment not in (None, strategy):
+                warnings.warn(f"fuser {j} was made for tokenizers aligned by {fuser.config.alignment!r}, the processor aligns them by {strategy!r}, which it has not learned to listen to: give the processor strategy={fuser.config.alignment!r} if that is possible", stacklevel=2)
         self.receiver, self.sharers, self.fusers, self.fusion = receiver, nn.ModuleList(sharers), nn.ModuleList(fusers), fusion
         self.follow_response, self.processor = follow_response, processor
         for model in (receiver, *sharers): model.requires_grad_(False)
@@ -172,12 +176,13 @@ def _fuse_unrotated(self:C2CModel, fuser, j, theirs, ours, active, plan, cut, fi
         return [of(i) for i in range(layers)]
     here, pair, his = slice(cut.start, cut.stop), plan.pairing[j], plan.sharer_position_ids[j]
     mine, his = tables(self.receiver, plan.position_ids[:, here], len(ours)), tables(self.sharers[j], his[:, here] if pair is None else his.gather(1, pair[:, here]), len(theirs))
-    plain = lambda kvs, tables: [kv and (unrotate_keys(kv[0], *t), kv[1]) for kv, t in zip(kvs, tables)]
+    at = lambda table, x: tuple(t.to(x.device) for t in table)    # layers may lie on several devices
+    plain = lambda kvs, tables: [kv and (unrotate_keys(kv[0], *at(t, kv[0])), kv[1]) for kv, t in zip(kvs, tables)]
     fused = fuser(plain(theirs, his), plain(ours, mine), plan.gates[j], active, finite)
     def back(k, old, table):
         if k is None: return None
-        k = rotate_keys(k, *table)
-        return k if active is None else torch.where(active[:, None, :, None], k, old)
+        k = rotate_keys(k, *at(table, k))
+        return k if active is None else torch.where(active.to(k.device)[:, None, :, None], k, old)
     return [(None, None) if ours[i] is None else (back(k, ours[i][0], mine[i]), v) for i, (k, v) in enumerate(fused)]
 
 # %% ../nbs/04_model.ipynb #def-hear
@@ -279,8 +284,11 @@ def _follower(self:C2CModel, plan):
     maps = [None]*len(self.sharers) if self.processor is None else self.processor.token_maps()
     for j, (table, sharer) in enumerate(zip(maps, self.sharers)):
         ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (self.receiver, sharer))
-        if table is None and theirs < ours and plan.answer[..., j].any() and (self.processor is None or self.processor.strategies[j] != 'shared'):
+        if table is None and theirs < ours and plan.answer[..., j].any() and self.processor is None:
             raise ValueError(f"sharer {j} has a vocabulary of {theirs}, the receiver one of {ours}: to follow the response, C2CModel needs processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers), which translates what is generated")
+        if table is None and theirs < ours: table = torch.arange(ours).clamp(max=theirs-1)
+        elif table is not None and len(table) < ours: table = F.pad(table, (0, ours - len(table)), value=self.processor.sharer_tokenizers[j].unk_token_id or 0)     # ids that no tokenizer gives, but that a model may say
+        maps[j] = table if table is None else table.to(self.device)
     def before(ids, cache):
         nonlocal plan
         have, total = cache.raw.get_seq_length(), cache.get_seq_length() + ids.shape[1]
@@ -446,14 +454,19 @@ def chat(self:C2CModel,
     if isinstance(messages, str) or not isinstance(messages, (list, tuple)) or any(isinstance(m, str) for m in messages): raise ValueError(f"a chat is a list of messages, {messages!r} was given: write [{{'role': 'user', 'content': ...}}]")
     several = bool(messages) and not isinstance(messages[0], dict)
     if several and cache is not None: raise ValueError("several chats were given, but a cache holds one conversation: keep one cache for each and call chat with one at a time")
+    if cache is not None and not (isinstance(cache, FusedCache) and len(cache.sharers) == len(self.sharers)):
+        raise ValueError(f"the cache must be one that new_cache of this model made, {f'one for {len(cache.sharers)} sharers' if isinstance(cache, FusedCache) else f'a {type(cache).__name__}'} was given")
     batch = self.processor(messages, device=self.device, **(template_kwargs or {}))
     config = kwargs.get('generation_config') or self.receiver.generation_config
     if 'max_length' not in kwargs and config.max_new_tokens is None and config.max_length is None: kwargs.setdefault('max_new_tokens', 512)
     t, ids, work = batch['input_ids'].shape[1], batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), self.new_cache() if cache is None else clone_cache(cache)
     if seen := work.get_seq_length():
         same = 0 if work.ids is None else min(common_columns(ids, work.ids), t-1)
+        theirs = list(zip(map(clone_cache, work.sharers), work.sharer_ids))
         if same == 0 or same < seen and keeps_state(work): work = self.new_cache()         # nothing to go on from, or no way back
         elif same < seen: work.crop(same - seen)
+        for j, pair in enumerate(batch['pairing']):              # a sharer with columns of its own goes back only as far as its own text has changed
+            if pair is not None and work.get_seq_length(): work.sharers[j], work.sharer_ids[j] = theirs[j]
         if seen := work.get_seq_length(): batch['active'][:, :seen] = F.pad(work.fused[:, :seen], (0, 0, 0, seen - work.fused[:, :seen].shape[1]))     # what was read unfused stays so
     self.prefill(**batch, cache=work)
     answer = clone_cache(work)
@@ -496,7 +509,9 @@ def from_pretrained(cls:C2CModel,
     receivers = {r for r, _ in found}
     if len(receivers) > 1: raise ValueError(f"the fusers were made for different receivers: {', '.join(sorted(receivers))}")
     processors = [_find_processor(n, f.config, revision, hub) for n, f in zip(names, fusers)]
-    load = lambda name, facts: AutoModelForCausalLM.from_pretrained(name, revision=(facts or {}).get('revision') or 'main', **kwargs)
+    def load(name, facts):
+        try: return AutoModelForCausalLM.from_pretrained(name, revision=(facts or {}).get('revision') or 'main', **kwargs)
+        except OSError as e: raise OSError(f"the fuser was made for {name!r}, which is no folder here and could not be had from the hub: {str(e).splitlines()[0]}. Put it there, or load the models yourself and give them to C2CModel") from e
     receiver = load(found[0][0], fusers[0].config.receiver)
     sharers = [load(s, f.config.sharer) for (_, s), f in zip(found, fusers)]
     return cls(receiver, sharers, [f.place(receiver) for f in fusers], fusion, follow_response, None if None in processors else C2CProcessor.merge(processors), strict).eval()
@@ -506,8 +521,14 @@ def from_pretrained(cls:C2CModel,
 def save_pretrained(self:C2CModel,
     *folders:str, # one for each sharer
 ):
-    "Write each fuser, and beside it the processor of its pair, into a folder. Raises `ValueError` where there are not as many folders as sharers."
+    """Write each fuser, and beside it the processor of its pair, into a folder. An imported fuser learns here which models and tokenizers it belongs to.
+
+    Raises `ValueError` where there are not as many folders as sharers."""
     if len(folders) != len(self.fusers): raise ValueError(f"{len(folders)} folders were given for {len(self.fusers)} fusers: give one for each sharer")
+    p, known = self.processor, lambda facts: {k: v for k, v in (facts or {}).items() if v is not None}
     for j, (folder, fuser) in enumerate(zip(folders, self.fusers)):
+        c = fuser.config
+        c.receiver, c.sharer = model_facts(self.receiver) | known(c.receiver), model_facts(self.sharers[j]) | known(c.sharer)
+        if p is not None: c.alignment, c.receiver_tokenizer, c.sharer_tokenizer = c.alignment or p.strategies[j], c.receiver_tokenizer or tokenizer_fingerprint(p.receiver_tokenizer), c.sharer_tokenizer or tokenizer_fingerprint(p.sharer_tokenizers[j])
         fuser.save_pretrained(folder)
-        if (p := self.processor) is not None: C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j]).save_pretrained(folder)
+        if p is not None: C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j]).save_pretrained(folder)

@@ -426,7 +426,7 @@ def extend_plan(
         ids_, mask_, positions_ = cut(ids_, lead), cut(mask_, lead), cut(positions_, lead)
         sharer_ids.append(grow(ids_, new)); masks.append(masked(mask_)); positions.append(after(positions_, mask_))
         pairing.append(None if pair is None else grow(cut(pair), ids_.shape[1] + torch.arange(n).expand(b, -1)))
-    answer = grow(cut(plan.answer), plan.answer[:, columns-1:columns].expand(-1, n, -1))
+    answer = grow(cut(plan.answer), cut(plan.answer).any(1, keepdim=True).expand(-1, n, -1))                                   # from now on, whoever was heard in the last section
     return Plan(grow(cut(plan.ids), ids), masked(mask), after(old, mask), sharer_ids, masks, positions, pairing, [x.shape[1] for x in sharer_ids], None, [], answer, plan.last, plan.longest + n, plan.gates)
 
 # %% ../nbs/03b_plan.ipynb #def-repeat-plan

@@ -212,6 +212,7 @@ class C2CProjector(Projector):
     ):
         super().__init__(sharer_heads, sharer_dim, receiver_heads, receiver_dim, **kwargs)
         if num_layers < 2: raise ValueError(f"num_layers={num_layers} was given; it must be at least 2, the shared layer and one for the projection")
+        if num_layers > 1000: raise ValueError(f"num_layers={num_layers} was given; more than 1000 is surely a mistake, or a file that is meant to fill the memory")
         self.weights, self.read_receiver = weights, read_receiver
         target = receiver_heads*receiver_dim
         source = sharer_heads*sharer_dim + (target if read_receiver else 0)

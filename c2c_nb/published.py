@@ -47,7 +47,7 @@ def read_published_tensors(
     "State dict of one projector, read without running code in it. Raises `FileNotFoundError` or `ValueError`."
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"{file} is missing: the checkpoint folder is incomplete") from None
-    except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust ({str(e).splitlines()[0]})") from e
+    except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust") from e
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): truncated, or not a PyTorch file") from e
     if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of tensors")
     return state
@@ -114,7 +114,7 @@ class AllInOneProjector(Projector):
         computed = weight_granularity == 'head_merged'
         refused = dict(
             gate_granularity=gate_granularity not in tables, gate_depends_on_input=gate_depends_on_input, weight_granularity=weight_granularity not in (*tables, 'head_merged'), weight_depends_on_input=computed != bool(weight_depends_on_input),
-            weight_input_features=computed and weight_input_features != 'target_projected_key', weight_hidden_dim=computed and not weight_hidden_dim, activation=activation not in self.activations, num_layers=num_layers < 1, scalar_temperature=not scalar_temperature > 0,
+            weight_input_features=computed and weight_input_features != 'target_projected_key', weight_hidden_dim=computed and not weight_hidden_dim, activation=activation not in self.activations, num_layers=not 1 <= num_layers <= 1000, scalar_temperature=not scalar_temperature > 0,
             add_self=blend == isinstance(add_self, bool), use_residual=use_residual is not False and source == target)
         given = locals()
         if wrong := [f'{name}={given[name]!r}' for name, bad in refused.items() if bad]:
@@ -151,7 +151,7 @@ class AllInOneProjector(Projector):
         gate, out = (self.spread(self.gate_logit, 'gate', positions) > 0).float(), []
         for x in 'key', 'value':
             if x not in wanted: out.append(None); continue
-            weight = unflatten_heads(part(f'{x}_weight_head')(hidden), receiver[x], self.receiver_heads) if self.computed else self.spread(self.get_parameter(f'{x}_weight'), 'weight', positions)
+            weight = unflatten_heads(part(f'{x}_weight_head')(hidden), receiver[x], self.receiver_heads) if self.computed else self.spread(getattr(self, f'{x}_weight'), 'weight', positions)
             weight = torch.sigmoid(weight.float()/self.temperature)
             delta = gate*weight*projected[x].float()
             out.append(delta - weight*receiver[x].float() if self.blend else delta)
@@ -196,7 +196,7 @@ def read_published(
     maps = read_json(folder/'projector_config.json')
     try: table = {int(t): [(int(s), int(p)) for s, p in pairs] for t, pairs in maps['0'][str(sharer)].items()}
     except (KeyError, TypeError, AttributeError, ValueError): table = {}
-    if not table or min(table) < 0: raise ValueError(f"{folder/'projector_config.json'} has no layer map for sharer {sharer}; it should read {{'0': {{'{sharer}': {{receiver layer: [[sharer layer, projector]]}}}}}}")
+    if not table or min(table) < 0 or max(table) >= 10_000: raise ValueError(f"{folder/'projector_config.json'} has no layer map for sharer {sharer}; it should read {{'0': {{'{sharer}': {{receiver layer: [[sharer layer, projector]]}}}}}}")
     files = {int(p.stem[10:]) for p in folder.glob('projector_*.pt') if p.stem[10:].isdigit()}
     named = {p for pairs in table.values() for _, p in pairs}
     if missing := named - files: raise FileNotFoundError(f"{folder}: projector_config.json names projectors {sorted(named)}, but {', '.join(f'projector_{i}.pt' for i in sorted(missing))} is missing: the checkpoint is incomplete")

@@ -233,7 +233,7 @@ def test_published_checkpoint(golden, models, tmp_path, name, sharer, dtype):
     fuser = Fuser.from_published(folder)
     assert not fuser.training and fuser.dtype == dtype
     n = len(list(folder.glob('projector_*.pt')))
-    assert len(fuser.layer_map) == n and fuser.config.training['imported_from'] == str(folder)
+    assert len(fuser.layer_map) == n and fuser.config.training['imported_from'] == f'{name}/final'
     assert fuser.layer_map == [pairs[0][0] for _, pairs in sorted(((int(t), p) for t, p in read_json(folder/'projector_config.json')['0']['1'].items()))]
     stack = fuser.stacks[0]
     for i in range(n):
