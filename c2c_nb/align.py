@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROCESSOR_CONFIG', 'load_tokenizer', 'TokenAligner', 'Reading', 'read_text', 'read_chat', 'Section', 'Padded',
-           'Aligned', 'shared_vocabulary', 'C2CBatch', 'C2CProcessor']
+           'Aligned', 'AlignmentPicture', 'show_alignment', 'shared_vocabulary', 'C2CBatch', 'C2CProcessor']
 
 # %% ../nbs/03_align.ipynb #imports
 import functools
@@ -26,7 +26,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .fuser import tokenizer_fingerprint, _local_folder
+from .fuser import tokenizer_fingerprint
+from .hub import local_folder
 
 # %% ../nbs/03_align.ipynb #def-load-tokenizer
 def load_tokenizer(
@@ -42,8 +43,10 @@ def load_tokenizer(
         try: found = bool(hf_hub_download(str(name), 'tokenizer.json', **hub))
         except EntryNotFoundError: found = False                 # or offline and not in the cache: then `AutoTokenizer` will say so
         except (RepositoryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository on the hub") from e
-    try: return (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
+    try: tokenizer = (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
     except (OSError, ValueError) as e: raise FileNotFoundError(f"no tokenizer could be loaded from {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens): raise FileNotFoundError(f"there is no tokenizer in {name}: transformers made one with no words at all")
+    return tokenizer
 
 # %% ../nbs/03_align.ipynb #def-name
 def _name(tokenizer): return str(getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__)
@@ -83,14 +86,18 @@ class TokenAligner:
         if strategy not in ('first', 'longest', 'offsets'): raise ValueError(f"strategy={strategy!r} was given; use 'first', 'longest' or 'offsets'")
         for role, t in (('receiver', receiver_tokenizer), ('sharer', sharer_tokenizer)):
             if not isinstance(t, PreTrainedTokenizerBase): raise ValueError(f"the {role}'s tokenizer must be a transformers tokenizer, {type(t).__name__} was given: load_tokenizer(name) gives one")
-            if not t.is_fast: raise ValueError(f"the {role}'s tokenizer {_name(t)} ({type(t).__name__}) does not say where its tokens lie in a text: alignment needs one with a tokenizer.json")
+            if not getattr(t, 'is_fast', False): raise ValueError(f"the {role}'s tokenizer {_name(t)} ({type(t).__name__}) does not say where its tokens lie in a text: alignment needs one with a tokenizer.json")
         self.receiver_tokenizer, self.sharer_tokenizer, self.strategy = receiver_tokenizer, sharer_tokenizer, strategy
-        self._recomposes = _recomposes(receiver_tokenizer) or _recomposes(sharer_tokenizer)
 
     @functools.cached_property
     def token_map(self)->Tensor: # (receiver vocabulary,) long
         "The sharer's id for every receiver id: by `first` or `longest`; for `offsets`, where only generated tokens need it, by `longest`."
         return _token_map(self.receiver_tokenizer, self.sharer_tokenizer, 'first' if self.strategy == 'first' else 'longest')
+
+    @functools.cached_property
+    def recomposes(self)->bool: # does one of the tokenizers normalise what it reads?
+        "Whether places within a character and its accents have to be blurred."
+        return _recomposes(self.receiver_tokenizer) or _recomposes(self.sharer_tokenizer)
 
     def __repr__(self): return f"TokenAligner({_name(self.receiver_tokenizer)} <- {_name(self.sharer_tokenizer)}, {self.strategy})"
 
@@ -108,7 +115,9 @@ def align_sequence(self:TokenAligner,
 # %% ../nbs/03_align.ipynb #def-reading
 @dataclass
 class Reading:
-    "A text as one model reads it: `text`, its `ids`, the `offsets` (t, 2) of each token's characters, and for every message the `spans` (start, stop, skipped): where its text lies in `text`, and how many of its characters the template left out in front. None: not to be found."
+    """A text as one model reads it.
+
+    `offsets` (t, 2) are each token's characters. `spans` has for every message (start, stop, skipped): where its text lies in `text`, and how many of its characters the template left out in front; or None where it is not to be found."""
     text:str
     ids:list
     offsets:Tensor
@@ -153,16 +162,18 @@ def _locate(
         if len(text) in ways[-1]:
             at = len(text)
             for i, found in zip(order[::-1], ways[:0:-1]): at, spans[i] = found[at]
-            return spans
+            return [s if s and s[0] < s[1] else None for s in spans]
 
     # one by one: the template looks into some text, or changes it
     for i, c in contents.items():
         if len(parts := marked([i])) != 3: continue
         before, _, after = parts
         if len(before) + len(after) > len(text) or not (text.startswith(before) and text.endswith(after)): continue
-        version = text[len(before):len(text)-len(after)]
-        if not version or c.count(version) != 1 and not c.endswith(version): continue
-        spans[i] = (len(before), len(before) + len(version), c.rfind(version))
+        here, bare = text[len(before):len(text)-len(after)], c.strip()     # what the template made of this text
+        if here and (c.count(here) == 1 or c.endswith(here)): spans[i] = (len(before), len(before) + len(here), c.rfind(here))     # a part of it
+        elif bare and here.count(bare) == 1:                     # the text, and something that the template added because of it
+            at, skipped = len(before) + here.find(bare), c.find(bare)
+            spans[i] = (at, at + len(bare), skipped)
     return spans
 
 # %% ../nbs/03_align.ipynb #def-tokenize
@@ -336,13 +347,12 @@ def _reach(
     n = len(text)
     after = torch.cat([start[1:], start.new_tensor([n])]).flip(0).cummin(0).values.flip(0)     # where the tokens that follow begin
     end = end.cummax(0).values
-    lower, upper = torch.minimum(end, after), end.clone()         # a character that the next token goes on with is not complete
-    for i in (after > end).nonzero()[:, 0].tolist():              # characters of no token: they went into the one before, unless they are blanks that are left out
-        if not text[end[i]:after[i]].isspace(): lower[i] = upper[i] = after[i]
-    if recomposes and (wholes := _wholes(text)):
-        down, up = torch.arange(n + 1), torch.arange(n + 1)
-        for a, b in wholes: down[a+1:b], up[a+1:b] = a, b
-        lower, upper = down[lower], up[upper]
+    down, up = torch.arange(n + 1), torch.arange(n + 1)
+    for a, b in (_wholes(text) if recomposes else []): down[a+1:b], up[a+1:b] = a, b
+    lower, upper = torch.minimum(end, after), end.clone()        # a character that the next token goes on with is not complete
+    for i in (after > end).nonzero()[:, 0].tolist():             # characters of no token: blanks are left out; others went into the token before, or into the next
+        if not text[end[i]:after[i]].isspace(): lower[i], upper[i] = min(up[end[i]], after[i]), after[i]
+    lower, upper = down[lower], up[upper]
     return lower, upper
 
 # %% ../nbs/03_align.ipynb #def-pair
@@ -377,7 +387,7 @@ def align(self:TokenAligner,
     "Align two readings of one text, or of one chat."
     sections = _find_sections(receiver, sharer) if receiver.spans else [Section('message', (0, len(receiver.ids)), (0, len(sharer.ids)))]
     pads = _pad_id(self.receiver_tokenizer), _pad_id(self.sharer_tokenizer)
-    if self.strategy == 'offsets': return Aligned(self.strategy, receiver, sharer, sharer.ids, sections, _pair(receiver, sharer, sections, self._recomposes), pads)
+    if self.strategy == 'offsets': return Aligned(self.strategy, receiver, sharer, sharer.ids, sections, _pair(receiver, sharer, sections, self.recomposes), pads)
     ids, mapped, pairing, cut = [], self.align_sequence(receiver.ids), [], []
     for s in sections:
         at = len(ids)
@@ -417,27 +427,73 @@ def _check_chat(messages):
         if 'content' not in m and not m.keys() - {'role'}: raise ValueError(f"message {i} has no 'content': {m!r}")
         if not isinstance(m.get('content'), (str, list, tuple, type(None))): raise ValueError(f"the content of message {i} must be a text, {type(m['content']).__name__} was given")
 
+# %% ../nbs/03_align.ipynb #def-label
+def _label(tokenizer, i:int)->str:
+    "A token to look at."
+    piece, text = tokenizer.convert_ids_to_tokens(int(i)), tokenizer.decode([int(i)])
+    if piece.startswith('▁') and not text.startswith(' '): text = ' ' + text
+    return text.translate({ord(' '): '·', ord('\n'): '⏎', ord('\t'): '⇥'}) or '∅'
+
+# %% ../nbs/03_align.ipynb #def-alignmentpicture
+class AlignmentPicture:
+    "A drawing that a notebook shows; `svg` is its source."
+    def __init__(self, svg:str): self.svg = svg
+    def __repr__(self): return f"AlignmentPicture({len(self.svg):,} characters of SVG)"
+    def _repr_html_(self)->str: return f'<div style="overflow-x:auto">{self.svg}</div>'
+    def save(self, file:str|Path): Path(file).write_text(self.svg)
+
+# %% ../nbs/03_align.ipynb #def-show-alignment
+def show_alignment(
+    aligner:TokenAligner, # for two tokenizers
+    aligned:Aligned|str|list, # what it made of a text or chat, or the text or chat
+    start:int=0, # first receiver position to show
+    stop:int|None=None, # last one plus one
+    columns:int=110, # width of a line, in letters
+)->AlignmentPicture:
+    "Draw which receiver position listens to which sharer position."
+    a = aligner.align_text(aligned) if isinstance(aligned, str) else aligner.align_chat(aligned) if isinstance(aligned, list) else aligned
+    unit, high, gap, part = 7.3, 22, 34, []
+    wide = lambda label: unit*(sum(2 if unicodedata.east_asian_width(c) in 'WF' else 1 for c in label) + 1)
+    kind = lambda side, i: next(s.kind for s in a.sections if getattr(s, side)[0] <= i < getattr(s, side)[1])
+    stop = len(a.receiver_ids) if stop is None else min(stop, len(a.receiver_ids))
+    i, shown, y, width = start, (a.pairing[start-1] if start else -1) + 1, 4, 0
+    def box(side, tokenizer, token, at, x, y, colour):
+        label = _label(tokenizer, token)
+        pale = kind(side, at) == 'template'
+        part.append(f'<rect x="{x:.1f}" y="{y}" width="{wide(label) - 2:.1f}" height="{high}" rx="3" fill="{colour}" fill-opacity="{.12 if pale else .4}"/>'
+            f'<text x="{x + (wide(label) - 2)/2:.1f}" y="{y + 15}" text-anchor="middle" fill="currentColor" fill-opacity="{.6 if pale else 1}">{escape(label)}</text>')
+        return x + wide(label)
+    while i < stop:
+        x, centres, first = 70., {}, i
+        while i < stop and (i == first or x + wide(_label(aligner.receiver_tokenizer, a.receiver_ids[i])) < unit*columns):
+            begin, x = x, box('receiver', aligner.receiver_tokenizer, a.receiver_ids[i], i, x, y, '#4878d0')
+            centres[i], i = (begin + x)/2 - 1, i + 1
+        end = len(a.sharer_ids) if i == len(a.receiver_ids) else max([*a.pairing[first:i], shown - 1]) + 1
+        width, x, partner = max(width, x), 70., {}
+        for j in range(shown, end):
+            begin, x = x, box('sharer', aligner.sharer_tokenizer, a.sharer_ids[j], j, x, y + high + gap, '#ee854a')
+            partner[j] = (begin + x)/2 - 1
+        width = max(width, x)
+        part += [f'<line x1="{c:.1f}" y1="{y + high}" x2="{partner[a.pairing[k]]:.1f}" y2="{y + high + gap}" stroke="currentColor" stroke-opacity=".5"/>' for k, c in centres.items() if a.pairing[k] in partner]
+        part += [f'<text x="0" y="{y + 15}" fill="#4878d0">receiver</text><text x="0" y="{y + high + gap + 15}" fill="#ee854a">sharer</text>']
+        shown, y = end, y + 2*high + gap + 18
+    return AlignmentPicture(f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{y}" viewBox="0 0 {width:.0f} {y}" font-family="monospace" font-size="12" role="img" aria-label="alignment of tokens">{"".join(part)}</svg>')
+
 # %% ../nbs/03_align.ipynb #def-agree
 def shared_vocabulary(
     receiver_tokenizer, # a fast tokenizer
     sharer_tokenizer, # a fast tokenizer
 )->tuple[list[str], dict]: # what differs, so that they cannot share ids (empty: they can); added tokens of the receiver that the sharer has not: id -> sharer id
     "Do two tokenizers cut a text into the same ids, but for added tokens?"
-    if _fingerprint(receiver_tokenizer) == _fingerprint(sharer_tokenizer): return [], {}
-    r, s = (json.loads(t.backend_tokenizer.to_str()) for t in (receiver_tokenizer, sharer_tokenizer))
-    wrong = [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]]
-    wrong += [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k) and k not in ('vocab', 'merges')]
-    wrong += [f"model: {k} differs ({len(r['model'].get(k) or [])} and {len(s['model'].get(k) or [])} entries)" for k in ('vocab', 'merges') if r['model'].get(k) != s['model'].get(k)]
-    if wrong: return wrong, {}
+    r, s = (t.backend_tokenizer for t in (receiver_tokenizer, sharer_tokenizer))
+    sizes = [t.get_vocab_size(with_added_tokens=False) for t in (r, s)]
+    if sizes[0] != sizes[1] or r.get_vocab(with_added_tokens=False) != s.get_vocab(with_added_tokens=False): return [f"their vocabularies differ ({sizes[0]} and {sizes[1]} entries without added tokens)"], {}
+    if tokenizer_fingerprint(receiver_tokenizer) == tokenizer_fingerprint(sharer_tokenizer): return [], {}
+    r, s = (json.loads(t.to_str()) for t in (r, s))
+    if wrong := [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]] + [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k)]: return wrong, {}
     ids, theirs = [sorted((t['id'], t['content']) for t in x['added_tokens']) for x in (r, s)]
     own = [i for i, c in ids if (i, c) not in theirs]
     return [], dict(zip(own, _token_map(receiver_tokenizer, sharer_tokenizer, 'longest', own).tolist())) if own else {}
-
-# %% ../nbs/03_align.ipynb #def-fingerprint
-def _fingerprint(tokenizer)->str:
-    "`tokenizer_fingerprint`, whatever was done with the tokenizer before: padding and truncation of an earlier call are part of its state, and a plain call takes them back."
-    tokenizer('', add_special_tokens=False)
-    return tokenizer_fingerprint(tokenizer)
 
 # %% ../nbs/03_align.ipynb #def-c2cbatch
 class C2CBatch(BatchFeature):
@@ -533,7 +589,7 @@ def _row(self:C2CProcessor,
         for s in a.sections: room[s.receiver[1]] = max(room[s.receiver[1]], (s.sharer[1] - s.sharer[0]) - (s.receiver[1] - s.receiver[0]))
     column, at = [], 0
     for i in range(n): at += room[i]; column.append(at); at += 1
-    width = at + room[n]
+    width = at                                                   # the row ends with the receiver's last token; what a sharer's template has behind it cannot be heard
     def spread(values, fill):
         out = [fill]*width
         for c, v in zip(column, values): out[c] = v
@@ -552,7 +608,8 @@ def _row(self:C2CProcessor,
                 (ra, rb), new = s.receiver, a.sharer_ids[slice(*s.sharer)]
                 if s.kind == 'message': where = column[ra:rb]
                 else: begin = column[ra] if ra < rb else (column[ra] if ra < n else at + room[n]) - room[ra]; where = range(begin, begin + len(new))
-                for c, i in zip(where, new): theirs[c], heard[c] = i, True
+                for c, i in zip(where, new):
+                    if c < width: theirs[c], heard[c] = i, True
             sharer_ids.append(theirs); sharer_masks.append(heard); pairing.append(None)
     wide = torch.zeros(width, sharers, dtype=torch.bool)
     wide[column] = active
@@ -616,7 +673,8 @@ def batch_decode(self:C2CProcessor,
     prompt_length:int=0, # columns of the prompts, which are left out
 )->list[str]:
     "Texts of what was generated."
-    return self.receiver_tokenizer.batch_decode([list(map(int, s[prompt_length:])) for s in sequences], skip_special_tokens=True)
+    rows = sequences.tolist() if isinstance(sequences, Tensor) else [s.tolist() if isinstance(s, Tensor) else list(s) for s in sequences]
+    return self.receiver_tokenizer.batch_decode([row[prompt_length:] for row in rows], skip_special_tokens=True)
 
 # %% ../nbs/03_align.ipynb #def-decode-2
 @patch
@@ -644,7 +702,7 @@ def save_pretrained(self:C2CProcessor,
     try:
         self.receiver_tokenizer.save_pretrained(staging/'receiver_tokenizer')
         for j, t in enumerate(self.sharer_tokenizers): t.save_pretrained(staging/'sharer_tokenizers'/str(j))
-        fingerprint = lambda part: _fingerprint(load_tokenizer(staging/part))
+        fingerprint = lambda part: tokenizer_fingerprint(load_tokenizer(staging/part))
         config = dict(format_version=1, strategies=self.strategies, receiver_tokenizer=fingerprint('receiver_tokenizer'), sharer_tokenizers=[fingerprint(f'sharer_tokenizers/{j}') for j in range(len(self.sharer_tokenizers))])
         (staging/PROCESSOR_CONFIG).write_text(json.dumps(config, indent=2))
         for part in ('receiver_tokenizer', 'sharer_tokenizers'):
@@ -662,7 +720,7 @@ def from_pretrained(cls:C2CProcessor,
     **hub, # further keywords of `huggingface_hub.snapshot_download`
 )->C2CProcessor:
     "Load a saved processor. Raises `FileNotFoundError`, or `ValueError` saying what is wrong with the files."
-    folder = _local_folder(name, (PROCESSOR_CONFIG, 'receiver_tokenizer/*', 'sharer_tokenizers/*'), subfolder, revision=revision, **hub)
+    folder = local_folder(name, (PROCESSOR_CONFIG, 'receiver_tokenizer/*', 'sharer_tokenizers/*'), subfolder, revision=revision, **hub)
     file = folder/PROCESSOR_CONFIG
     if not file.exists(): raise FileNotFoundError(f"{folder} holds no {PROCESSOR_CONFIG}, so there is no saved processor: make one with C2CProcessor(receiver_tokenizer, sharer_tokenizers) and save it there")
     try: config = json.loads(file.read_text())
@@ -672,7 +730,7 @@ def from_pretrained(cls:C2CProcessor,
     if config.get('format_version') != 1: raise ValueError(f"{file} has format version {config.get('format_version')!r}, this c2c_nb reads 1: upgrade c2c_nb")
     parts = {'receiver_tokenizer': config.get('receiver_tokenizer')} | {f'sharer_tokenizers/{j}': f for j, f in enumerate(config['sharer_tokenizers'])}
     tokenizers = {p: load_tokenizer(folder/p) for p in parts}
-    if wrong := [f"{p} has {found}, {PROCESSOR_CONFIG} says {parts[p]}" for p, t in tokenizers.items() if (found := _fingerprint(t)) != parts[p]]:
+    if wrong := [f"{p} has {found}, {PROCESSOR_CONFIG} says {parts[p]}" for p, t in tokenizers.items() if (found := tokenizer_fingerprint(t)) != parts[p]]:
         raise ValueError(f"{folder}: fingerprints of tokenizers differ, so they come from different saves, or were damaged or edited; save the processor again\n  " + '\n  '.join(wrong))
     receiver, *sharers = tokenizers.values()
     return cls(receiver, sharers, config['strategies'])
@@ -688,7 +746,7 @@ def merge(cls:C2CProcessor,
     first, wrong = processors[0], []
     for i, p in enumerate(processors[1:], 1):
         r, s = first.receiver_tokenizer, p.receiver_tokenizer
-        if _fingerprint(r) != _fingerprint(s): wrong.append(f"processor {i} has {_name(s)} ({_fingerprint(s)}), processor 0 has {_name(r)} ({_fingerprint(r)})")
+        if tokenizer_fingerprint(r) != tokenizer_fingerprint(s): wrong.append(f"processor {i} has {_name(s)} ({tokenizer_fingerprint(s)}), processor 0 has {_name(r)} ({tokenizer_fingerprint(r)})")
         elif r.chat_template != s.chat_template: wrong.append(f"processor {i} has another chat template than processor 0")
     if wrong: raise ValueError("these processors have different receiver tokenizers:\n  " + '\n  '.join(wrong))
     return cls(first.receiver_tokenizer, [t for p in processors for t in p.sharer_tokenizers], [s for p in processors for s in p.strategies])

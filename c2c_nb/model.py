@@ -8,6 +8,7 @@ __all__ = ['C2CModel']
 # %% ../nbs/04_model.ipynb #3dce8365
 import functools
 import inspect
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import clone_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
-from .fuser import Fuser
+from .cache import clone_cache, keeps_state, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
+from .align import C2CProcessor, load_tokenizer
+from .fuser import Fuser, model_facts, tokenizer_fingerprint
 from .plan import Cut, FusedCache, Plan, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
 
 # %% ../nbs/04_model.ipynb #def-c2cmodel
@@ -32,7 +34,7 @@ class C2CModel(nn.Module):
         fusers:list[Fuser], # one for each sharer
         fusion:str='parallel', # several sharers: 'parallel' adds up what each says to the receiver, 'sequential' lets each see what those before it made
         follow_response:bool=False, # fuse the last section and every generated token as well
-        processor=None, # from text to ids and back; needed for `chat`, and where sharers with other tokenizers follow the response
+        processor:C2CProcessor|None=None, # from text to ids and back; needed for `chat`, and where sharers with other tokenizers follow the response
         strict:bool=True, # fusers made for other models: True refuses them, False warns
     ):
         super().__init__()
@@ -43,8 +45,11 @@ class C2CModel(nn.Module):
         if len(sharers) != len(fusers): raise ValueError(f"{len(sharers)} sharers but {len(fusers)} fusers were given: give one fuser for each sharer, in the same order")
         if fusion not in ('parallel', 'sequential'): raise ValueError(f"fusion={fusion!r} was given; use 'parallel' or 'sequential'")
         if processor is not None and len(processor.strategies) != len(sharers): raise ValueError(f"the processor was made for {len(processor.strategies)} sharers, {len(sharers)} were given: make one with a tokenizer for each")
-        if strict:
-            for sharer, fuser in zip(sharers, fusers): fuser.check(receiver, sharer)
+        tokenizers = [None]*(len(sharers) + 1) if processor is None else [processor.receiver_tokenizer, *processor.sharer_tokenizers]
+        for sharer, fuser, theirs in zip(sharers, fusers, tokenizers[1:]): fuser.check(receiver, sharer, tokenizers[0], theirs, strict)
+        for j, (fuser, strategy) in enumerate(zip(fusers, processor.strategies if processor is not None else ())):
+            if fuser.config.alignment not in (None, strategy):
+                warnings.warn(f"fuser {j} was made for tokenizers aligned by {fuser.config.alignment!r}, the processor aligns them by {strategy!r}, which it has not learned to listen to: give the processor strategy={fuser.config.alignment!r} if that is possible", stacklevel=2)
         self.receiver, self.sharers, self.fusers, self.fusion = receiver, nn.ModuleList(sharers), nn.ModuleList(fusers), fusion
         self.follow_response, self.processor = follow_response, processor
         for model in (receiver, *sharers): model.requires_grad_(False)
@@ -60,7 +65,7 @@ class C2CModel(nn.Module):
     def device(self)->torch.device: return self.receiver.device
 
     def __repr__(self):
-        name = lambda m: f"{type(m).__name__}({m.config.num_hidden_layers} layers)"
+        name = lambda m: f"{type(m).__name__}({m.config.get_text_config(decoder=True).num_hidden_layers} layers)"
         count = lambda ps: f"{sum(p.numel() for p in ps):,}"
         return (f"C2CModel({' + '.join(map(name, self.sharers))} -> {name(self.receiver)}, {self.fusion}, {'following the response, ' if self.follow_response else ''}{'training' if self.training else 'evaluation'} mode, "
             f"{count(p for p in self.parameters() if p.requires_grad)} trainable of {count(self.parameters())} parameters)")
@@ -83,6 +88,10 @@ def plan(self:C2CModel,
     "How this batch would be run. Raises `ValueError` saying what is wrong with it."
     gates = [None if f.soft else f.open_gates() for f in self.fusers]
     return make_plan(self.receiver, self.sharers, gates, input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, pairing, cache, align, self.follow_response)
+
+# %% ../nbs/04_model.ipynb #def-continue-model
+@patch
+def _continue(self:C2CModel, cache, input_ids): return continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, self.receiver.config, [s.config for s in self.sharers])
 
 # %% ../nbs/04_model.ipynb #def-keywords
 @functools.cache
@@ -123,15 +132,22 @@ def _theirs(
     pick = lambda x: x.gather(2, index.to(x.device).expand(-1, x.shape[1], -1, x.shape[3]))
     return [tuple(map(pick, read_layer(cache, i))) if i in layers else None for i in range(len(cache.layers))]
 
+# %% ../nbs/04_model.ipynb #def-own
+@patch
+def _own(self:C2CModel, cache, start, stop):
+    "Keys and values of the receiver's layers in some columns; None for layers that have none."
+    fusable = self.fusers[0].receiver_geometry.fusable
+    return [read_layer(cache, i, start, stop) if i in fusable else None for i in range(len(cache.layers))]
+
 # %% ../nbs/04_model.ipynb #def-fuse
 @patch
 def _fuse(self:C2CModel, own, cache, cut, plan, finite):
     "Keys and values of every layer at one cut, fused into what the receiver has (`own`); untouched tensors are the same objects."
-    layers = len(own)
+    layers, fusable = len(own), self.fusers[0].receiver_geometry.fusable
     speaking = [j for j in range(len(self.fusers)) if cut.active[..., j].any()]
     add = self.fusion == 'parallel' and len(speaking) > 1
-    wide = [(k.float(), v.float()) for k, v in own] if add else own
-    now, total, device = list(own), [[None, None] for _ in range(layers)], own[0][0].device
+    wide = [kv and tuple(x.float() for x in kv) for kv in own] if add else own
+    now, total, device = list(own), [[None, None] for _ in range(layers)], own[fusable[0]][0].device
     for j in speaking:
         fuser, active = self.fusers[j], cut.active[..., j]
         active = None if active.all() else active.to(device, non_blocking=True)
@@ -140,10 +156,11 @@ def _fuse(self:C2CModel, own, cache, cut, plan, finite):
         if fuser.config.key_space == 'unrotated': fused = self._fuse_unrotated(fuser, j, theirs, before, active, plan, cut, finite)
         else: fused = fuser(theirs, before, plan.gates[j], active, finite)
         for i, halves in enumerate(fused):
+            if not any(x is not None for x in halves): continue
             if not add: now[i] = tuple(old if new is None else new for old, new in zip(now[i], halves)); continue
             for h, (new, old) in enumerate(zip(halves, wide[i])):
                 if new is not None: total[i][h] = new - old if total[i][h] is None else total[i][h] + (new - old)
-    return [tuple(x if d is None else (x.float() + d).to(x.dtype) for x, d in zip(kv, ds)) for kv, ds in zip(now, total)]
+    return [kv and tuple(x if d is None else (x.float() + d).to(x.dtype) for x, d in zip(kv, ds)) for kv, ds in zip(now, total)]
 
 # %% ../nbs/04_model.ipynb #def-fuse-unrotated
 @patch
@@ -159,13 +176,14 @@ def _fuse_unrotated(self:C2CModel, fuser, j, theirs, ours, active, plan, cut, fi
         return [of(i) for i in range(layers)]
     here, pair, his = slice(cut.start, cut.stop), plan.pairing[j], plan.sharer_position_ids[j]
     mine, his = tables(self.receiver, plan.position_ids[:, here], len(ours)), tables(self.sharers[j], his[:, here] if pair is None else his.gather(1, pair[:, here]), len(theirs))
-    plain = lambda kvs, tables: [kv and (unrotate_keys(kv[0], *t), kv[1]) for kv, t in zip(kvs, tables)]
+    at = lambda table, x: tuple(t.to(x.device) for t in table)    # layers may lie on several devices
+    plain = lambda kvs, tables: [kv and (unrotate_keys(kv[0], *at(t, kv[0])), kv[1]) for kv, t in zip(kvs, tables)]
     fused = fuser(plain(theirs, his), plain(ours, mine), plan.gates[j], active, finite)
     def back(k, old, table):
         if k is None: return None
-        k = rotate_keys(k, *table)
-        return k if active is None else torch.where(active[:, None, :, None], k, old)
-    return [(back(k, old, t), v) for (k, v), (old, _), t in zip(fused, ours, mine)]
+        k = rotate_keys(k, *at(table, k))
+        return k if active is None else torch.where(active.to(k.device)[:, None, :, None], k, old)
+    return [(None, None) if ours[i] is None else (back(k, ours[i][0], mine[i]), v) for i, (k, v) in enumerate(fused)]
 
 # %% ../nbs/04_model.ipynb #def-hear
 @patch
@@ -184,7 +202,7 @@ def _resume(self:C2CModel, cache, plan):
         n, ids, mask = theirs.get_seq_length(), plan.sharer_ids[j], plan.sharer_masks[j]
         if not (n and plan.need[j]) or known is None: continue
         same = common_columns(ids if mask is None else ids.masked_fill(mask == 0, -1), known)
-        if same < n: theirs.crop(same - n)
+        if same < n: cache.crop_sharer(j, same)
 
 # %% ../nbs/04_model.ipynb #def-run
 @patch
@@ -203,9 +221,9 @@ def _run(self:C2CModel, plan, cache, stop, finite):
             cache.pending = None
         if cut.start is None: continue
         if plan.answer is not None and cache.raw is None: cache.raw = _unfused(cache)
-        own = [read_layer(cache, i, cut.start, cut.stop) for i in range(len(cache.layers))]
-        for i, ((k, v), old) in enumerate(zip(self._fuse(own, cache, cut, plan, finite), own)):
-            if k is not old[0] or v is not old[1]: write_layer(cache, i, k, v, cut.start)
+        own = self._own(cache, cut.start, cut.stop)
+        for i, (new, old) in enumerate(zip(self._fuse(own, cache, cut, plan, finite), own)):
+            if new and any(a is not b for a, b in zip(new, old)): write_layer(cache, i, *new, cut.start)
         graph = True
         _mark(cache, cut)
     cache.ids = (plan.ids if plan.mask is None else plan.ids.masked_fill(plan.mask == 0, -1))[:, :cache.get_seq_length()]
@@ -223,7 +241,7 @@ def _unfused(
     cache:FusedCache, # the receiver's
 )->DynamicCache: # with what `cache` has read, if nothing in it is fused yet; otherwise empty
     "A cache for the receiver's raw keys and values."
-    raw = DynamicCache()
+    raw = make_cache(cache.configs[0])
     if cache.fused is not None and not cache.fused.any(): raw.layers = clone_cache(cache).layers
     return raw
 
@@ -240,7 +258,7 @@ def _follow(self:C2CModel, cache, plan, start, stop, finite):
     if not here.any(): return False
     start += int(here.int().argmax())
     cut = Cut(stop, start, plan.answer[:, start:stop])
-    kv, where = self._fuse([read_layer(cache.raw, i, start, stop) for i in range(len(cache.raw.layers))], cache, cut, plan, finite), cut.active.any(-1)
+    kv, where = self._fuse(self._own(cache.raw, start, stop), cache, cut, plan, finite), cut.active.any(-1)
     cache.pending = None if where.all() else where.to(plan.ids.device), kv
     _mark(cache, cut)
     return True
@@ -266,13 +284,16 @@ def _follower(self:C2CModel, plan):
     maps = [None]*len(self.sharers) if self.processor is None else self.processor.token_maps()
     for j, (table, sharer) in enumerate(zip(maps, self.sharers)):
         ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (self.receiver, sharer))
-        if table is None and theirs < ours and plan.answer[..., j].any() and (self.processor is None or self.processor.strategies[j] != 'shared'):
+        if table is None and theirs < ours and plan.answer[..., j].any() and self.processor is None:
             raise ValueError(f"sharer {j} has a vocabulary of {theirs}, the receiver one of {ours}: to follow the response, C2CModel needs processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers), which translates what is generated")
+        if table is None and theirs < ours: table = torch.arange(ours).clamp(max=theirs-1)
+        elif table is not None and len(table) < ours: table = F.pad(table, (0, ours - len(table)), value=self.processor.sharer_tokenizers[j].unk_token_id or 0)     # ids that no tokenizer gives, but that a model may say
+        maps[j] = table if table is None else table.to(self.device)
     def before(ids, cache):
         nonlocal plan
         have, total = cache.raw.get_seq_length(), cache.get_seq_length() + ids.shape[1]
         if total <= have: return                                 # the prompt's last token has been prepared
-        waiting = 0 if cache.pending is None else cache.pending[1][0][0].shape[-2]
+        waiting = 0 if cache.pending is None else next(kv[0].shape[-2] for kv in cache.pending[1] if kv)
         plan = extend_plan(plan, ids[:, have-total:], maps, have, cache.lead)
         for j in range(len(self.sharers)): self._hear(cache, plan, j)
         self._follow(cache, plan, have - waiting, total, None)
@@ -288,8 +309,9 @@ def _check_finite(self:C2CModel, finite, cache):
     if not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all()): return
     for j, theirs in enumerate(cache.sharers):
         for i, layer in enumerate(theirs.layers):
-            for half, x in (('keys', layer.keys), ('values', layer.values)):
-                if not torch.isfinite(x).all(): raise ValueError(f"sharer {j} has NaN or inf in the {half} of layer {i}; nothing was generated. Load it in bfloat16 or float32, or leave it inactive for this text")
+            for half in ('keys', 'values'):
+                x = getattr(layer, half, None)
+                if x is not None and not torch.isfinite(x).all(): raise ValueError(f"sharer {j} has NaN or inf in the {half} of layer {i}; nothing was generated. Load it in bfloat16 or float32, or leave it inactive for this text")
     raise ValueError("fusing gave NaN or inf although all sharers' caches are finite; nothing was generated. Look at the fuser's weights, or run it in float32")
 
 # %% ../nbs/04_model.ipynb #def-close
@@ -317,7 +339,7 @@ def prefill(self:C2CModel,
     """Read and fuse a prompt, except for what is to be read over the fused cache. `receiver.generate(input_ids, past_key_values=cache)` goes on from there.
 
     Rows are padded on the left in the cache, wherever the padding was in `input_ids`. Raises `ValueError` for bad input."""
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), None if self.training else []
+    work, finite = self._continue(cache, input_ids), None if self.training else []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, pairing=pairing, cache=work)
     self._run(plan, work, max(plan.ids.shape[1] - (1 if sections is None else int(plan.last.min())), work.get_seq_length()), finite)
     self._check_finite(finite, work)
@@ -340,7 +362,7 @@ def forward(self:C2CModel,
     """Logits of the last section, and the mean loss over its labels.
 
     Last sections begin together: row i's logits are `logits[i, :n]`, n being the length of its last section. Raises `ValueError` for bad input, labels outside the last section included."""
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), None if self.training else []
+    work, finite = self._continue(cache, input_ids), None if self.training else []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, labels, pairing, work, align='section')
     t, stop = plan.ids.shape[1], plan.cuts[-1].stop if plan.cuts else work.get_seq_length()
     n = min(int(plan.last.max()), t - stop)
@@ -389,7 +411,7 @@ def generate(self:C2CModel,
     if kwargs.get('use_cache') is False: raise ValueError("use_cache=False was given, but C2C lives in the cache: leave it out")
     configs = [c for c in (kwargs.get('generation_config'), self.receiver.generation_config) if c is not None]
     setting = lambda name: next((v for v in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), None)     # as transformers merges them
-    work, finite = continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, len(self.sharers)), []
+    work, finite = self._continue(cache, input_ids), []
     plan = self.plan(input_ids, attention_mask, sharer_input_ids, sharer_attention_mask, active, sections, position_ids, pairing=pairing, cache=work)
     t, follow = plan.ids.shape[1], plan.answer is not None
     if plan.cuts or follow: self._run(plan, work, max(t-1, work.get_seq_length()) if follow else plan.cuts[-1].stop, finite)
@@ -402,7 +424,7 @@ def generate(self:C2CModel,
     if follow or work.get_seq_length():
         kwargs |= dict(past_key_values=work, use_cache=True)
         if copies > 1: work.batch_repeat_interleave(copies); plan = repeat_plan(plan, copies)
-        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))): work.layers = [_ReplayLayer(layer.keys, layer.values) for layer in work.layers]
+        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))): work.layers = [_ReplayLayer(layer.keys, layer.values) if getattr(layer, 'keys', None) is not None else layer for layer in work.layers]
     if position_ids is not None: kwargs['position_ids'] = positions
     out = (self._follower(plan) if follow else self.receiver).generate(input_ids=text, attention_mask=mask, **kwargs)
     if cache is not None and work.get_seq_length():
@@ -411,23 +433,102 @@ def generate(self:C2CModel,
         self._close(cache, work)
     return out
 
+# %% ../nbs/04_model.ipynb #def-new-cache
+@patch
+def new_cache(self:C2CModel)->FusedCache:
+    "An empty cache for a conversation."
+    return FusedCache(self.receiver.config, [s.config for s in self.sharers])
+
+# %% ../nbs/04_model.ipynb #def-chat
+@patch
+def chat(self:C2CModel,
+    messages:list, # a chat, `[{'role': 'user', 'content': 'Hi'}]` with everything that was said so far; or a list of chats
+    cache:FusedCache|None=None, # of this conversation, begun by `new_cache`; only what is new is read, and the answer is added to it
+    template_kwargs:dict|None=None, # for the chat templates
+    **kwargs, # of `generate`, such as `streamer`; 512 new tokens unless told otherwise
+)->str|list[str]: # the answer, or one for each chat
+    """Answer a chat.
+
+    Raises `ValueError` without a processor, for what is not a chat, or for several chats on one cache."""
+    if self.processor is None: raise ValueError("chat needs tokenizers: give C2CModel processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers)")
+    if isinstance(messages, str) or not isinstance(messages, (list, tuple)) or any(isinstance(m, str) for m in messages): raise ValueError(f"a chat is a list of messages, {messages!r} was given: write [{{'role': 'user', 'content': ...}}]")
+    several = bool(messages) and not isinstance(messages[0], dict)
+    if several and cache is not None: raise ValueError("several chats were given, but a cache holds one conversation: keep one cache for each and call chat with one at a time")
+    if cache is not None and not (isinstance(cache, FusedCache) and len(cache.sharers) == len(self.sharers)):
+        raise ValueError(f"the cache must be one that new_cache of this model made, {f'one for {len(cache.sharers)} sharers' if isinstance(cache, FusedCache) else f'a {type(cache).__name__}'} was given")
+    batch = self.processor(messages, device=self.device, **(template_kwargs or {}))
+    config = kwargs.get('generation_config') or self.receiver.generation_config
+    if 'max_length' not in kwargs and config.max_new_tokens is None and config.max_length is None: kwargs.setdefault('max_new_tokens', 512)
+    t, ids, work = batch['input_ids'].shape[1], batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), self.new_cache() if cache is None else clone_cache(cache)
+    if seen := work.get_seq_length():
+        same = 0 if work.ids is None else min(common_columns(ids, work.ids), t-1)
+        theirs = list(zip(map(clone_cache, work.sharers), work.sharer_ids))
+        if same == 0 or same < seen and keeps_state(work): work = self.new_cache()         # nothing to go on from, or no way back
+        elif same < seen: work.crop(same - seen)
+        for j, pair in enumerate(batch['pairing']):              # a sharer with columns of its own goes back only as far as its own text has changed
+            if pair is not None and work.get_seq_length(): work.sharers[j], work.sharer_ids[j] = theirs[j]
+        if seen := work.get_seq_length(): batch['active'][:, :seen] = F.pad(work.fused[:, :seen], (0, 0, 0, seen - work.fused[:, :seen].shape[1]))     # what was read unfused stays so
+    self.prefill(**batch, cache=work)
+    answer = clone_cache(work)
+    out = self.generate(**batch, cache=answer, **kwargs)
+    if cache is not None: self._close(cache, work if answer.ids is None else answer)       # beams leave rows behind that are not the answer
+    texts = self.processor.batch_decode(out if isinstance(out, Tensor) else out.sequences, t)
+    return texts if several or len(texts) > 1 else texts[0]
+
+# %% ../nbs/04_model.ipynb #def-find-processor
+def _find_processor(
+    name:str, # folder or repository of a fuser
+    config, # its config
+    revision:str|None, # of the fuser
+    hub:dict, # keywords for the hub
+)->C2CProcessor|None: # None where no tokenizers can be had
+    "The processor saved beside a fuser, or one made of its models' tokenizers."
+    try: return C2CProcessor.from_pretrained(name, revision=revision, **hub)
+    except FileNotFoundError: pass
+    try: tokenizers = [load_tokenizer(facts['name'], revision=facts.get('revision') or 'main', **hub) for facts in (config.receiver, config.sharer)]
+    except (OSError, ValueError): return None
+    return C2CProcessor(tokenizers[0], tokenizers[1:], config.alignment)
+
 # %% ../nbs/04_model.ipynb #def-from-pretrained
 @patch(cls_method=True)
 def from_pretrained(cls:C2CModel,
     names, # folder or hub repository of a fuser, or a list of them (several sharers for one receiver)
     fusion:str='parallel', # 'parallel' or 'sequential'
+    follow_response:bool=False, # fuse the last section and every generated token as well
+    strict:bool=True, # models other than those the fusers were made for: True refuses them, False warns
     revision:str|None=None, # of the fusers on the hub
     **kwargs, # for `AutoModelForCausalLM.from_pretrained` of all models, such as `device_map='auto'`, `dtype='auto'`
 )->C2CModel: # in evaluation mode
-    "Load fusers and the models they name. Raises `ValueError` for a fuser that names none, or fusers for different receivers."
+    "Load fusers, the models they name, and the tokenizers. Raises `ValueError` for a fuser that names no models, or fusers for different receivers."
     names = list(names) if isinstance(names, (list, tuple)) else [names]
-    fusers = [Fuser.from_pretrained(n, revision=revision, **{k: v for k, v in kwargs.items() if k in ('token', 'cache_dir', 'local_files_only', 'force_download')}) for n in names]
+    hub = {k: v for k, v in kwargs.items() if k in ('token', 'cache_dir', 'local_files_only', 'force_download')}
+    fusers = [Fuser.from_pretrained(n, revision=revision, **hub) for n in names]
     found = [[(f.config.receiver or {}).get('name'), (f.config.sharer or {}).get('name')] for f in fusers]
     for n, pair in zip(names, found):
         if None in pair: raise ValueError(f"the fuser {n} does not say which {'receiver' if pair[0] is None else 'sharer'} it was made for (its models had no name): load the models yourself and give them to C2CModel")
     receivers = {r for r, _ in found}
     if len(receivers) > 1: raise ValueError(f"the fusers were made for different receivers: {', '.join(sorted(receivers))}")
-    load = lambda name, facts: AutoModelForCausalLM.from_pretrained(name, revision=(facts or {}).get('revision') or 'main', **kwargs)
+    processors = [_find_processor(n, f.config, revision, hub) for n, f in zip(names, fusers)]
+    def load(name, facts):
+        try: return AutoModelForCausalLM.from_pretrained(name, revision=(facts or {}).get('revision') or 'main', **kwargs)
+        except OSError as e: raise OSError(f"the fuser was made for {name!r}, which is no folder here and could not be had from the hub: {str(e).splitlines()[0]}. Put it there, or load the models yourself and give them to C2CModel") from e
     receiver = load(found[0][0], fusers[0].config.receiver)
     sharers = [load(s, f.config.sharer) for (_, s), f in zip(found, fusers)]
-    return cls(receiver, sharers, [f.to(receiver.device) for f in fusers], fusion).eval()
+    return cls(receiver, sharers, [f.place(receiver) for f in fusers], fusion, follow_response, None if None in processors else C2CProcessor.merge(processors), strict).eval()
+
+# %% ../nbs/04_model.ipynb #def-save-pretrained
+@patch
+def save_pretrained(self:C2CModel,
+    *folders:str, # one for each sharer
+):
+    """Write each fuser, and beside it the processor of its pair, into a folder. An imported fuser learns here which models and tokenizers it belongs to.
+
+    Raises `ValueError` where there are not as many folders as sharers."""
+    if len(folders) != len(self.fusers): raise ValueError(f"{len(folders)} folders were given for {len(self.fusers)} fusers: give one for each sharer")
+    p, known = self.processor, lambda facts: {k: v for k, v in (facts or {}).items() if v is not None}
+    for j, (folder, fuser) in enumerate(zip(folders, self.fusers)):
+        c = fuser.config
+        c.receiver, c.sharer = model_facts(self.receiver) | known(c.receiver), model_facts(self.sharers[j]) | known(c.sharer)
+        if p is not None: c.alignment, c.receiver_tokenizer, c.sharer_tokenizer = c.alignment or p.strategies[j], c.receiver_tokenizer or tokenizer_fingerprint(p.receiver_tokenizer), c.sharer_tokenizer or tokenizer_fingerprint(p.sharer_tokenizers[j])
+        fuser.save_pretrained(folder)
+        if p is not None: C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j]).save_pretrained(folder)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from .cache import KVGeometry, clone_cache
+from .cache import KVGeometry, clone_cache, keeps_state, make_cache, window_of
 
 # %% ../nbs/03b_plan.ipynb #def-cut
 @dataclass
@@ -72,15 +72,19 @@ class FusedCache(DynamicCache):
     """The receiver's cache, an ordinary `DynamicCache` that keeps every position, with the sharers' caches beside it so that a text can be continued.
 
     Sharers read on from where they are. Cropping crops them too; after anything that changes the rows they start over."""
-    def __init__(self, sharers:int):
+    def __init__(self,
+        receiver:PreTrainedConfig, # config of the receiver
+        sharers:list[PreTrainedConfig], # configs of the sharers
+    ):
         super().__init__()
-        self.sharers, self.lead = [DynamicCache() for _ in range(sharers)], [0]*sharers      # lead: columns that a sharer is ahead of the receiver
-        self.ids, self.sharer_ids = None, [None]*sharers          # (b, t) what was read, -1 at padding; None: not known
+        self.configs, self.layers = (receiver, list(sharers)), make_cache(receiver).layers
+        self.sharers, self.lead = [make_cache(c) for c in sharers], [0]*len(sharers)         # lead: columns that a sharer is ahead of the receiver
+        self.ids, self.sharer_ids = None, [None]*len(sharers)     # (b, t) what was read, -1 at padding; None: not known
         self.fused = None                                        # (b, t, sharers) bool: where each sharer was fused; None: not known
         self.raw = self.pending = None
 
     def __copy__(self):
-        new = type(self)(0)
+        new = type(self).__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.sharers, new.lead, new.sharer_ids = [clone_cache(s) for s in self.sharers], list(self.lead), list(self.sharer_ids)
         if self.raw is not None: new.raw = clone_cache(self.raw)
@@ -97,52 +101,59 @@ class FusedCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove:int):
+        if tokens_to_remove and keeps_state(self): raise ValueError("this cache holds states of recurrent or convolution layers, which cannot go back in the text: keep `clone_cache(cache)` from before, or start afresh")
         super().crop(tokens_to_remove)
-        n, shorter = self.get_seq_length(), lambda cache, to: cache.crop(min(to - cache.get_seq_length(), 0))
-        for s, lead in zip(self.sharers, self.lead): shorter(s, max(n + lead, 0))
-        if self.raw is not None: shorter(self.raw, n)
+        n = self.get_seq_length()
+        for j, lead in enumerate(self.lead): self.crop_sharer(j, max(n + lead, 0))
+        if self.raw is not None: self.raw.crop(min(n - self.raw.get_seq_length(), 0))
         if self.fused is not None: self.fused = self.fused[:, :n]
         if self.ids is not None: self.ids = self.ids[:, :n]
 
-    def _rows(self, change):
-        "After a change of the rows. Where an answer is being followed all caches go along, otherwise the sharers start over."
-        if self.pending is not None: self.pending = (None if self.pending[0] is None else change(self.pending[0])), [tuple(map(change, kv)) for kv in self.pending[1]]
-        if self.raw is None: self.sharers, self.fused = [DynamicCache() for _ in self.sharers], None
-        elif self.fused is not None: self.fused = change(self.fused)
+    def crop_sharer(self, j:int, columns:int):
+        "Take sharer `j` back to its first `columns`; one that keeps a state starts over."
+        s = self.sharers[j]
+        if (more := s.get_seq_length() - columns) <= 0: return
+        if keeps_state(s): self.sharers[j], self.sharer_ids[j] = make_cache(self.configs[1][j]), None
+        else: s.crop(-more)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        rows = lambda x: x.index_select(0, beam_idx.to(x.device))
+        if self.pending is not None: self.pending = (None if self.pending[0] is None else rows(self.pending[0])), [kv and tuple(map(rows, kv)) for kv in self.pending[1]]
+        if self.raw is None: self.sharers, self.fused = [make_cache(c) for c in self.configs[1]], None
+        else:                                                    # an answer is being followed: all go along
+            for c in (self.raw, *self.sharers): c.reorder_cache(beam_idx)
+            if self.fused is not None: self.fused = rows(self.fused)
         self.ids, self.sharer_ids = None, [None]*len(self.sharers)
 
-    def _all(self): return [self.raw, *self.sharers] if self.raw is not None else []
-    def reset(self): super().reset(); self.__init__(len(self.sharers))
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx); self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        for c in self._all(): c.reorder_cache(beam_idx)
+    def batch_select_indices(self, indices): self.reorder_cache(indices)
     def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats); self._rows(lambda x: x.repeat_interleave(repeats, 0))
-        for c in self._all(): c.batch_repeat_interleave(repeats)
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices); self._rows(lambda x: x[indices.to(x.device)])
-        for c in self._all(): c.batch_select_indices(indices)
+        keys = next(layer.keys for layer in self.layers if getattr(layer, 'keys', None) is not None)
+        self.reorder_cache(torch.arange(len(keys), device=keys.device).repeat_interleave(repeats))
+    def reset(self): self.__init__(*self.configs)
 
 # %% ../nbs/03b_plan.ipynb #def-continue
 def continue_cache(
     cache:Cache|None, # what was read so far
     geometry:KVGeometry, # of the receiver
     input_ids:Tensor, # (b, t) the batch that continues it
-    sharers:int, # of the model
+    receiver:PreTrainedConfig, # config of the receiver
+    sharers:list[PreTrainedConfig], # configs of the sharers
 )->FusedCache: # a clone to work on, or an empty one
     "Raises `ValueError` for a cache that cannot be continued."
-    if cache is None: return FusedCache(sharers)
+    if cache is None: return FusedCache(receiver, sharers)
     if not isinstance(cache, Cache): raise ValueError(f"cache must be a transformers Cache, {type(cache).__name__} was given")
     if isinstance(cache, FusedCache):
-        if len(cache.sharers) != sharers: raise ValueError(f"this cache was made with {len(cache.sharers)} sharers, the model has {sharers}")
+        if len(cache.sharers) != len(sharers): raise ValueError(f"this cache was made with {len(cache.sharers)} sharers, the model has {len(sharers)}")
         work = clone_cache(cache)
     else:
-        work = FusedCache(sharers)
-        work.layers = clone_cache(cache).layers
+        work, given = FusedCache(receiver, sharers), clone_cache(cache).layers
+        work.layers = given + work.layers[len(given):] if len(given) > max(geometry.fusable) else given      # made without a config, a cache has no layers after the last that keeps something
     seen = work.get_seq_length()
-    if not seen: return FusedCache(sharers)
+    if not seen: return FusedCache(receiver, sharers)
     if len(work.layers) != geometry.layers: raise ValueError(f"the cache has {len(work.layers)} layers, the receiver has {geometry.layers}: it belongs to another model")
-    for i, layer in enumerate(work.layers):
+    for i in geometry.fusable:
+        layer = work.layers[i]
         if not isinstance(layer, DynamicLayer) or layer.is_sliding or layer.keys.shape[-2] != seen:
             raise ValueError(f"layer {i} of the cache is a {type(layer).__name__}, which does not keep all {seen} positions as they are: continue a cache made by `prefill`, or a `DynamicCache()` made without a config")
         if layer.keys.shape[1::2] != geometry.layer(i): raise ValueError(f"layer {i} of the cache has {layer.keys.shape[1]} KV heads of width {layer.keys.shape[3]}, the receiver has {geometry.layer(i)}: it belongs to another model")
@@ -241,6 +252,21 @@ def _check_length(
     stretches = any('dynamic' in str(r.get('rope_type')) for r in (rope, *rope.values()) if isinstance(r, dict))
     if isinstance(limit, int) and 0 < limit < length and not stretches:
         raise ValueError(f"the prompt has {length} positions, the {name} has {limit} (max_position_embeddings): shorten the prompt, or choose a model with a longer context")
+
+# %% ../nbs/03b_plan.ipynb #def-check-holes
+def _check_holes(
+    name:str, # who reads
+    real:Tensor, # (b, t) bool, laid out: what is read
+    config:PreTrainedConfig, # of the model
+    window:bool=True, # refuse windows too, not only states
+):
+    "Raises `ValueError` for padding between tokens that a model cannot leave out."
+    within = ~real & real.int().cummax(1).values.bool() & real.flip(1).int().cummax(1).values.flip(1).bool()
+    if not within.any(): return
+    state, width = keeps_state(make_cache(config)), window_of(config) if window else None
+    if state or width and bool((within.any(1) & (real.sum(1) > width)).any()):
+        raise ValueError(f"row {int(within.any(1).nonzero()[0])} has padding between tokens in what the {name} reads, which its {'recurrent or convolution layers take' if state else f'sliding window of {width} counts'} as text: "
+            "continue texts of equal length together, or one at a time, and pair sharers by `pairing` (alignment strategy 'offsets'), which needs no padding")
 
 # %% ../nbs/03b_plan.ipynb #def-check-labels
 def _check_labels(
@@ -357,6 +383,7 @@ def make_plan(
     where = send(order)
     count = lambda real: (real.long().cumsum(1) - 1).clamp(min=0)
     own = count(real) if position_ids is None else position_ids.cpu().gather(1, order)
+    _check_holes('receiver', real, receiver.config)
     _check_length('receiver', int(own.max()) + 1, receiver)
     mask = lambda real, to=device: None if bool(real.all()) else send(real.long(), to)
     cuts, answer = _find_cuts(act, section, start), answer if answer is not None and answer.any() else None
@@ -369,6 +396,7 @@ def make_plan(
         _check_length(f'sharer {j}', int(positions.max()) + 1, sharer)
         need = max((stop if pair is None else int(pair[:, begin:stop].max()) + 1 for begin, stop, who in spoken if who[j]), default=0)
         if answer is not None and need: need = sound.shape[1]
+        if need: _check_holes(f'sharer {j}', sound, sharer.config, window=False)
         for name, x in dict(sharer_ids=ids.masked_fill(~send(sound), 0).to(sharer.device), sharer_masks=mask(sound, sharer.device), sharer_position_ids=send(positions, sharer.device),
             pairing=None if pair is None else send(pair, sharer.device), need=need).items(): reads[name].append(x)
     return Plan(ids=input_ids.gather(1, where), mask=mask(real), position_ids=send(own), **reads, labels=None if labels is None else labels.gather(1, where).masked_fill(~send(real), -100),
@@ -398,7 +426,7 @@ def extend_plan(
         ids_, mask_, positions_ = cut(ids_, lead), cut(mask_, lead), cut(positions_, lead)
         sharer_ids.append(grow(ids_, new)); masks.append(masked(mask_)); positions.append(after(positions_, mask_))
         pairing.append(None if pair is None else grow(cut(pair), ids_.shape[1] + torch.arange(n).expand(b, -1)))
-    answer = grow(cut(plan.answer), plan.answer[:, columns-1:columns].expand(-1, n, -1))
+    answer = grow(cut(plan.answer), cut(plan.answer).any(1, keepdim=True).expand(-1, n, -1))                                   # from now on, whoever was heard in the last section
     return Plan(grow(cut(plan.ids), ids), masked(mask), after(old, mask), sharer_ids, masks, positions, pairing, [x.shape[1] for x in sharer_ids], None, [], answer, plan.last, plan.longest + n, plan.gates)
 
 # %% ../nbs/03b_plan.ipynb #def-repeat-plan

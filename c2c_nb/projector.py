@@ -70,6 +70,7 @@ class Projector(nn.Module, ABC):
 
     Position-wise: what comes out at a position depends on that position alone. A subclass implements `delta`."""
     stackable = False # True: `delta` also works with parameters and inputs that have a layer dimension in front
+    position_wise = True # False: what comes out also depends on how far a position is from the start of its section
     def __init__(self,
         sharer_heads:int, # KV heads of the sharer layer
         sharer_dim:int, # head dim of the sharer layer
@@ -211,6 +212,7 @@ class C2CProjector(Projector):
     ):
         super().__init__(sharer_heads, sharer_dim, receiver_heads, receiver_dim, **kwargs)
         if num_layers < 2: raise ValueError(f"num_layers={num_layers} was given; it must be at least 2, the shared layer and one for the projection")
+        if num_layers > 1000: raise ValueError(f"num_layers={num_layers} was given; more than 1000 is surely a mistake, or a file that is meant to fill the memory")
         self.weights, self.read_receiver = weights, read_receiver
         target = receiver_heads*receiver_dim
         source = sharer_heads*sharer_dim + (target if read_receiver else 0)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOURS', 'Example', 'word_tokenizer', 'collate', 'Recipe', 'World', 'register_world', 'get_world', 'SkillWorld',
            'lesson_loss', 'pretrain', 'build_models', 'reply', 'accuracy', 'answer_map', 'plot_answer_map', 'connect',
-           'train_fuser', 'plot_history', 'silenced', 'untrained', 'other_questions', 'systems', 'wilson',
-           'seconds_per_question', 'Results', 'evaluate', 'plot_results', 'run_demo']
+           'train_fuser', 'plot_history', 'silenced', 'untrained', 'other_questions', 'systems', 'seconds_per_question',
+           'Results', 'evaluate', 'plot_results', 'run_demo']
 
 # %% ../nbs/05_toy.ipynb #9519ac9a
 import copy
@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .cache import read_layer
 from .fuser import Fuser
+from .hub import wilson
 from .model import C2CModel
 from .projector import C2CProjector, exponential_temperature
 
@@ -537,20 +538,11 @@ def systems(
         return reply(receiver, tok, [world.noted_prompt(p, n) for p, n in zip(prompts, notes)])
     ways = {'receiver alone': lambda prompts: reply(receiver, tok, prompts), 'sharer alone': lambda prompts: reply(sharer, tok, prompts), 'T2T': t2t, 'C2C': lambda prompts: reply(c2c, tok, prompts)}
     if not controls: return ways
-    zeroed, random_ = (C2CModel(receiver, [s], [fuser], strict=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)              # these sharers are others than the fuser was made for, on purpose
+        zeroed, random_ = (C2CModel(receiver, [s], [fuser], strict=False) for s in (silenced(sharer), untrained(sharer, world.seed)))
     return ways | {'mismatched cache': lambda prompts: reply(c2c, tok, prompts, sharer_prompts=other_questions(prompts, tok)),
         'zeroed cache': lambda prompts: reply(zeroed, tok, prompts), 'random sharer': lambda prompts: reply(random_, tok, prompts)}
-
-# %% ../nbs/05_toy.ipynb #def-wilson
-def wilson(
-    right:int, # right answers
-    n:int, # answers
-    z:float=1.959964, # standard normal quantile; this one gives 95 %
-)->tuple[float, float]:
-    "Wilson's score interval of a proportion (Wilson 1927)."
-    p, centre = right/n, (right + z*z/2)/(n + z*z)
-    half = z/(n + z*z)*math.sqrt(n*p*(1-p) + z*z/4)
-    return max(0., centre - half), min(1., centre + half)
 
 # %% ../nbs/05_toy.ipynb #def-seconds-per-question
 def seconds_per_question(

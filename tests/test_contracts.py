@@ -9,22 +9,12 @@ from transformers import DynamicCache, GenerationConfig
 from c2c_nb.cache import clone_cache
 from c2c_nb.fuser import Fuser, StackedProjector
 from c2c_nb.model import C2CModel
-from c2c_nb.projector import C2CProjector, Projector, get_projector, register_projector, unflatten_heads, flatten_heads
+from c2c_nb.projector import C2CProjector, Projector, register_projector, unflatten_heads, flatten_heads
 
-from tiny import architectures, c2c_of, fuser_for, ids_of, lay_out, set_gates, tiny
+from tiny import (alone, architectures, assert_rows_are_alone, c2c_of, call, close, fuser_for, ids_of, kv_for, lay_out, logits_of, looped, one, ragged_rows, set_gates, tiny)
 
 both_fusions = pytest.mark.parametrize('fusion', ['parallel', 'sequential'])
 other_sharer = dict(qwen3='llama', qwen2='mistral', llama='qwen2', mistral='qwen3', gemma3='gpt2', gpt2='gemma3', gptneox='qwen2')
-logits_of = dict(output_logits=True, return_dict_in_generate=True)
-
-
-def close(a, b, atol=1e-5): torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-def alone(model, rows, **kwargs):
-    "The receiver without any C2C, on a left-padded batch."
-    batch = lay_out([dict(input_ids=r) for r in rows])
-    return batch, model.generate(**batch, **kwargs)
 
 
 # 1: closed gates change nothing
@@ -67,58 +57,6 @@ def test_1_an_inactive_sharer_changes_nothing():
 
 
 # 2: a row does not know its neighbours
-
-def ragged_rows(sharers, seed=0):
-    "Five rows of different lengths: all sharers, none, the first alone, any subset by section, sharers with gaps of their own."
-    g = torch.Generator().manual_seed(seed)
-    rows = []
-    for i, n in enumerate((9, 6, 3, 8, 7)):
-        ids, active = ids_of(n, seed=seed + 10*i), torch.ones(n, sharers, dtype=torch.bool)
-        sections = (torch.arange(n) == n-1).long()               # the last token alone
-        if i == 1: active[:] = False
-        if i == 2: active[:, 1:] = False
-        if i == 3:
-            sections = torch.tensor([0]*2 + [1]*2 + [2]*2 + [5]*2)
-            subsets = torch.randint(0, 2, (4, sharers), generator=g).bool()
-            active = subsets[[0]*2 + [1]*2 + [2]*2 + [3]*2]
-        if i == 4: sections, active = torch.tensor([0, 0, 0, 3, 3, 3, 3]), torch.rand(n, sharers, generator=g) < .6
-        row = dict(input_ids=ids, active=active, sections=sections)
-        for j in range(sharers):
-            row[f'sharer_input_ids{j}'] = ids_of(n, seed=seed + 100*j + i)
-            mask = torch.ones(n, dtype=torch.long)
-            if i in (0, 4): mask[torch.randint(0, n-1, (2,), generator=g)] = 0
-            row[f'sharer_attention_mask{j}'] = mask
-        rows.append(row)
-    return rows
-
-
-def call(batch):
-    "Keywords of a call from the flat form of `lay_out`."
-    out = {k: v for k, v in batch.items() if not k.startswith('sharer_')}
-    for name in 'sharer_input_ids', 'sharer_attention_mask':
-        found = [batch[k] for k in sorted(batch) if k.startswith(name)]
-        if found: out[name] = found
-    return out
-
-
-def one(row): return call({k: v[None] for k, v in row.items()})
-
-
-def assert_rows_are_alone(c2c, rows, where, steps=4, atol=1e-5):
-    "Every row of the batch is what it is in a batch of its own: greedy ids, logits of each step, logits of the last section."
-    batch, n_last = call(lay_out(rows, where)), [int((r['sections'] == r['sections'][-1]).sum()) if 'sections' in r else 1 for r in rows]
-    with torch.no_grad(): together = c2c(**batch)
-    out = c2c.generate(**batch, max_new_tokens=steps, **logits_of)
-    for i, row in enumerate(rows):
-        with torch.no_grad(): single = c2c(**one(row))
-        assert single.logits.shape[1] == n_last[i]
-        close(together.logits[i, :n_last[i]], single.logits[0], atol)
-        answer = c2c.generate(**one(row), max_new_tokens=steps, **logits_of)
-        assert torch.equal(out.sequences[i, -steps:], answer.sequences[0, -steps:]), f'row {i}, padding {where}: other ids than alone'
-        for a, b in zip(out.logits, answer.logits): close(a[i], b[0], atol)
-        n = len(row['input_ids'])
-        assert torch.equal(out.sequences[i, -steps-n:-steps], row['input_ids'])
-
 
 @pytest.mark.parametrize('receiver', architectures)
 @pytest.mark.parametrize('where', ['left', 'right', 'middle'])
@@ -200,24 +138,6 @@ class ShapedProjector(Projector):
         self.key, self.value = (nn.Linear(self.sharer_heads*self.sharer_dim, self.receiver_heads*self.receiver_dim, bias=bias) for _ in range(2))
     def delta(self, sk, sv, rk, rv, keys=True, values=True):
         return unflatten_heads(self.key(flatten_heads(sk)), rk, self.receiver_heads), unflatten_heads(self.value(flatten_heads(sv)), rv, self.receiver_heads)
-
-
-def looped(fuser, sharer_kv, receiver_kv):
-    "The plain way: one projector of the class after the other, in evaluation mode."
-    out = list(receiver_kv)
-    cls, kwargs = get_projector(fuser.config.projector), fuser.config.projector_args
-    for layers, stack in zip(fuser.groups, fuser.stacks):
-        for n, i in enumerate(layers):
-            j = fuser.layer_map[i]
-            p = cls(*fuser.sharer_geometry.layer(j), *fuser.receiver_geometry.layer(i), **kwargs).eval()
-            p.load_state_dict(stack.single(n), strict=False)
-            out[i] = p(*sharer_kv[j], *receiver_kv[i])
-    return out
-
-
-def kv_for(geometry, b, t, seed):
-    g = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(b, h, t, d, generator=g) for _ in range(2)) for h, d in map(geometry.layer, range(geometry.layers))]
 
 
 @torch.no_grad()
@@ -612,7 +532,7 @@ def test_9_saved_over_an_older_one(tmp_path):
     r, s = tiny('qwen3'), tiny('llama', 1)
     for seed in 1, 2: (fuser := fuser_for(r, s, seed=seed)).save_pretrained(tmp_path/'fuser')
     assert Fuser.from_pretrained(tmp_path/'fuser').fingerprint() == fuser.fingerprint()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['fuser'] and sorted(p.name for p in (tmp_path/'fuser').iterdir()) == ['config.json', 'model.safetensors']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['fuser'] and sorted(p.name for p in (tmp_path/'fuser').iterdir()) == ['README.md', 'config.json', 'model.safetensors']
 
 
 @pytest.mark.parametrize('says,tensors', [

@@ -54,6 +54,18 @@ bad_calls = dict(
     receiver_ids_unknown=(dict(input_ids=ids + 100, sharer_input_ids=[ids]), 'the ids for the receiver', 'its vocabulary has 60'),
     negative_ids=(dict(input_ids=ids - 50), 'the ids for the receiver go from -44', 'its vocabulary has 60'),
     float_ids=(dict(input_ids=ids.float()), 'input_ids', 'float32'),
+    mask_of_biases=(dict(input_ids=ids, attention_mask=torch.where(torch.arange(8) < 2, -1e9, 0.).expand(2, -1)), 'attention_mask holds -1e+09', 'must be 1 for tokens and 0 for padding'),
+    mask_of_weights=(dict(input_ids=ids, attention_mask=ones*2), 'attention_mask holds 2'),
+    sharer_mask_of_weights=(dict(input_ids=ids, sharer_attention_mask=[ones*.5]), 'sharer_attention_mask[0] holds 0.5'),
+    active_for_nobody=(dict(input_ids=ids, active=torch.ones(2, 8, 3, dtype=torch.bool)), 'speaks of 3 sharers, but the model has 1'),
+    too_long=(dict(input_ids=ids.repeat(1, 5000)), 'the prompt has 40000 positions, the receiver has 32768', 'shorten'),
+    too_far=(dict(input_ids=ids, position_ids=torch.arange(8).expand(2, -1) + 32765), 'the prompt has 32773 positions'),
+    sharer_too_long=(dict(input_ids=ids, sharer_input_ids=[ids.repeat(1, 500)], pairing=[ids*0]), 'the prompt has 4000 positions, the sharer 0 has 2048'),
+    pairing_without_ids=(dict(input_ids=ids, pairing=[ids]), 'pairing[0] needs sharer_input_ids[0] of shape (2, the sharer'),
+    pairing_too_far=(dict(input_ids=ids, sharer_input_ids=[ids[:, :3]], pairing=[ids*0 + 3]), 'pairing[0] goes from 3 to 3', 'columns of sharer_input_ids[0], 0 to 2, or -1'),
+    pairing_shape=(dict(input_ids=ids, sharer_input_ids=[ids[:, :3]], pairing=[ids[:, :3]]), 'pairing[0] has shape (2, 3), (2, 8) was expected'),
+    pairing_not_a_list=(dict(input_ids=ids, sharer_input_ids=[ids[:, :3]], pairing=ids), 'pairing must be a list', 'Tensor was given'),
+    paired_mask=(dict(input_ids=ids, sharer_input_ids=[ids[:, :3]], sharer_attention_mask=[ones], pairing=[ids*0]), 'sharer_attention_mask[0] has shape (2, 8), (2, 3) was expected', 'position of sharer_input_ids[0]'),
 )
 
 
@@ -123,6 +135,14 @@ def test_a_sliding_cache_is_continued_right_or_refused():
         assert 'does not keep all' in str(e) and 'DynamicCache()' in str(e)
         assert sliding.get_seq_length() == 6, 'the refused cache was changed'
     else: assert torch.equal(got, expected)
+
+
+def test_padding_that_a_model_cannot_leave_out():
+    "A sliding window counts padding between tokens: refused where the row is longer than the window, for a receiver alone."
+    mask = ones.clone(); mask[1, 3:5] = 0
+    other = dict(input_ids=ids, attention_mask=mask, sharer_attention_mask=[ones])                  # only the sharer has tokens there
+    refused(lambda: c2c_of('mistral', ['llama']).generate(**other, max_new_tokens=2), ValueError, 'row 1 has padding between tokens in what the receiver reads', 'sliding window of 3')
+    c2c_of('qwen3', ['mistral']).generate(**other, max_new_tokens=2)
 
 
 def test_ids_at_padding_may_be_anything():
@@ -202,6 +222,7 @@ def sick(value, where='v_proj', layer=0):
     return model
 
 
+@pytest.mark.filterwarnings('ignore:this fuser')
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 @pytest.mark.parametrize('where', ['k_proj', 'v_proj'])
 def test_nan_in_a_sharer_is_refused(value, where):
@@ -214,6 +235,7 @@ def test_nan_in_a_sharer_is_refused(value, where):
         refused(run, ValueError, f'sharer 0 has NaN or inf in the {half} of layer 0', models=c2c)
 
 
+@pytest.mark.filterwarnings('ignore:this fuser')
 @pytest.mark.parametrize('how', ['closed gates', 'inactive', 'one half closed', 'layer not mapped'])
 def test_nan_passes_where_nobody_listens(how):
     r, s = tiny('qwen3'), sick(float('nan'), layer=1)             # values of the last layer alone are ill

@@ -92,6 +92,18 @@ def test_inference(golden, models, case):
     assert torch.equal(ours, official)
 
 
+def test_inference_aligned(golden, models):
+    "Two tokenizers, padding inside the texts. The official code forgets it while decoding; what it should have given is stored too."
+    info, g = read_json(golden/'index.json')['c16_aligned'], load_file(golden/'c16_aligned.safetensors')
+    c2c, ids = golden_model(golden, models, [1], 'parallel'), g['input_ids.0']
+    kw = dict(attention_mask=g['attention_mask.0'], sharer_input_ids=[g['input_ids.1']], sharer_attention_mask=[g['attention_mask.1']], position_ids=g['position_ids'], **cuts_of(info['sections'], 1, [1]))
+    with torch.no_grad(): close(c2c(ids, **kw).logits, g['last_section_logits'], 1e-4)
+    out = c2c.generate(ids, **kw, max_new_tokens=16, pad_token_id=0, output_logits=True, return_dict_in_generate=True)
+    close(torch.stack(out.logits), g['step_logits_pad_masked'], 1e-4)
+    assert torch.equal(out.sequences[:, ids.shape[1]:], g['sequences_pad_masked'][:, ids.shape[1]:])
+    assert not torch.equal(out.sequences[:, ids.shape[1]:], g['sequences'][:, ids.shape[1]:])
+
+
 # training
 
 def training_batch(golden, case):
@@ -154,6 +166,23 @@ def test_training(golden, models, case):
     if 'last_section_logits' in g: assert out.logits.shape[-1] == g['last_section_logits'].shape[-1]
 
 
+def test_training_aligned(golden, models):
+    "Loss and gradient norms of a chat whose models read their own templates."
+    info, f = read_json(golden/'training.json')['t08_aligned_nogumbel_b1'], read_json(golden/'collator.json')['aligned_features'][0]
+    c2c = golden_model(golden, models, [1], 'parallel')
+    for stack in c2c.fusers[0].stacks: stack.projector.gate_noise = None
+    c2c.train()
+    ids, fused = [torch.tensor(x)[None] for x in f['input_ids']], torch.tensor(f['kv_cache_index'])[None, :, 0] > 0
+    masks, n = [(~torch.tensor(x)[None]).long() for x in f['model_padding_mask']], fused.shape[1]
+    sections = torch.cat([torch.zeros(1, 1, dtype=torch.long), (fused[:, 1:] != fused[:, :-1]).long().cumsum(1)], 1)
+    out = c2c(ids[0], masks[0], torch.tensor(f['labels'])[None], [ids[1]], [masks[1]], fused[..., None], sections, torch.arange(n)[None])
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(info['loss'], abs=1e-4)
+    ours = gradients(c2c)
+    norm = lambda n: ours[n].norm().item() if n in ours else 0.
+    assert not {n: (norm(n), v) for n, v in info['grad_norms'].items() if norm(n) != pytest.approx(v or 0., rel=1e-3, abs=1e-6*info['total_grad_norm'])}
+
+
 # projectors
 
 @pytest.mark.parametrize('layer', range(6))
@@ -204,7 +233,7 @@ def test_published_checkpoint(golden, models, tmp_path, name, sharer, dtype):
     fuser = Fuser.from_published(folder)
     assert not fuser.training and fuser.dtype == dtype
     n = len(list(folder.glob('projector_*.pt')))
-    assert len(fuser.layer_map) == n and fuser.config.training['imported_from'] == str(folder)
+    assert len(fuser.layer_map) == n and fuser.config.training['imported_from'] == f'{name}/final'
     assert fuser.layer_map == [pairs[0][0] for _, pairs in sorted(((int(t), p) for t, p in read_json(folder/'projector_config.json')['0']['1'].items()))]
     stack = fuser.stacks[0]
     for i in range(n):
