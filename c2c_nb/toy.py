@@ -157,7 +157,8 @@ def get_world(
     **kwargs, # further arguments of the world
 )->World:
     "The world called `name`. Raises `KeyError` naming those there are."
-    if name not in _worlds and find_spec('c2c_nb.facts'): import_module('c2c_nb.facts')
+    for module in 'facts', 'trio':                               # worlds of the package that nobody has imported yet
+        if name not in _worlds and find_spec(f'c2c_nb.{module}'): import_module(f'c2c_nb.{module}')
     if name not in _worlds: raise KeyError(f"there is no world called {name!r}; registered are {', '.join(sorted(_worlds))}. Decorate your class with @register_world and import the module that holds it.")
     return _worlds[name](seed=seed, **kwargs)
 
