@@ -128,8 +128,8 @@ class FusedCache(DynamicCache):
 
     def batch_select_indices(self, indices): self.reorder_cache(indices)
     def batch_repeat_interleave(self, repeats):
-        keys = next(layer.keys for layer in self.layers if getattr(layer, 'keys', None) is not None)
-        self.reorder_cache(torch.arange(len(keys), device=keys.device).repeat_interleave(repeats))
+        keys = next((layer.keys for cache in (self, self.raw) if cache is not None for layer in cache.layers if getattr(layer, 'keys', None) is not None), None)
+        if keys is not None: self.reorder_cache(torch.arange(len(keys), device=keys.device).repeat_interleave(repeats))
     def reset(self): self.__init__(*self.configs)
 
 # %% ../nbs/03b_plan.ipynb #def-continue

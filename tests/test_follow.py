@@ -172,6 +172,14 @@ def test_6_every_way_to_generate():
         assert own.item()/5 == pytest.approx(score.item(), abs=1e-4)
 
 
+def test_6_a_prompt_of_one_token():
+    "There is nothing before the answer: beams, samples, rows beside longer ones."
+    c2c, ids = following('qwen3', ['llama']), ids_of(1, 6)
+    for kw in dict(num_beams=2), dict(), dict(prompt_lookup_num_tokens=2):
+        assert c2c.generate(ids[:, :1], max_new_tokens=3, **kw).shape == (1, 4)
+    assert_rows_are_alone(c2c, [dict(input_ids=ids_of(n, seed=n)) for n in (1, 5, 2)], 'left', steps=3)
+
+
 def test_7_a_followed_conversation_goes_on():
     "Prefill, answer, go on: the same as with a cache made in one call with the same marks."
     c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
