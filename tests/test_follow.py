@@ -192,6 +192,15 @@ def test_7_a_followed_conversation_goes_on():
     assert torch.equal(*steps)
 
 
+def test_7_a_cache_made_without_following_goes_on():
+    "It holds no raw keys and values: the receiver reads the text once more, unfused."
+    c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
+    expected = c2c.generate(ids, max_new_tokens=4, **logits_of)
+    out = c2c.generate(ids, cache=c2c_of('qwen3', ['llama']).prefill(ids), max_new_tokens=4, **logits_of)
+    for a, b in zip(out.logits, expected.logits): close(a, b)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
 def test_8_nothing_is_left_behind():
     c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
     receiver = c2c.receiver
