@@ -8,11 +8,13 @@ __all__ = ['C2CModel']
 # %% ../nbs/04_model.ipynb #3dce8365
 import functools
 import inspect
+import tempfile
 import warnings
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from huggingface_hub import upload_folder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -516,6 +518,21 @@ def from_pretrained(cls:C2CModel,
     sharers = [load(s, f.config.sharer) for (_, s), f in zip(found, fusers)]
     return cls(receiver, sharers, [f.place(receiver) for f in fusers], fusion, follow_response, None if None in processors else C2CProcessor.merge(processors), strict).eval()
 
+# %% ../nbs/04_model.ipynb #def-note-pair
+@patch
+def _note_pair(self:C2CModel, j):
+    "Let fuser `j` take note of what it does not know of its models and tokenizers (an imported one does not); the processor of its pair, if there is one."
+    p, c, known = self.processor, self.fusers[j].config, lambda facts: {k: v for k, v in (facts or {}).items() if v is not None}
+    c.receiver, c.sharer = model_facts(self.receiver) | known(c.receiver), model_facts(self.sharers[j]) | known(c.sharer)
+    if p is None: return None
+    c.alignment, c.receiver_tokenizer, c.sharer_tokenizer = c.alignment or p.strategies[j], c.receiver_tokenizer or tokenizer_fingerprint(p.receiver_tokenizer), c.sharer_tokenizer or tokenizer_fingerprint(p.sharer_tokenizers[j])
+    return C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j])
+
+# %% ../nbs/04_model.ipynb #def-one-each
+def _one_each(names, fusers, what):
+    "Raises `ValueError` where there are not as many names as fusers."
+    if len(names) != len(fusers): raise ValueError(f"{len(names)} {what} were given for {len(fusers)} fusers: give one for each sharer")
+
 # %% ../nbs/04_model.ipynb #def-save-pretrained
 @patch
 def save_pretrained(self:C2CModel,
@@ -524,11 +541,28 @@ def save_pretrained(self:C2CModel,
     """Write each fuser, and beside it the processor of its pair, into a folder. An imported fuser learns here which models and tokenizers it belongs to.
 
     Raises `ValueError` where there are not as many folders as sharers."""
-    if len(folders) != len(self.fusers): raise ValueError(f"{len(folders)} folders were given for {len(self.fusers)} fusers: give one for each sharer")
-    p, known = self.processor, lambda facts: {k: v for k, v in (facts or {}).items() if v is not None}
+    _one_each(folders, self.fusers, 'folders')
     for j, (folder, fuser) in enumerate(zip(folders, self.fusers)):
-        c = fuser.config
-        c.receiver, c.sharer = model_facts(self.receiver) | known(c.receiver), model_facts(self.sharers[j]) | known(c.sharer)
-        if p is not None: c.alignment, c.receiver_tokenizer, c.sharer_tokenizer = c.alignment or p.strategies[j], c.receiver_tokenizer or tokenizer_fingerprint(p.receiver_tokenizer), c.sharer_tokenizer or tokenizer_fingerprint(p.sharer_tokenizers[j])
+        processor = self._note_pair(j)
         fuser.save_pretrained(folder)
-        if p is not None: C2CProcessor(p.receiver_tokenizer, [p.sharer_tokenizers[j]], p.strategies[j]).save_pretrained(folder)
+        if processor is not None: processor.save_pretrained(folder)
+
+# %% ../nbs/04_model.ipynb #def-push-to-hub
+@patch
+def push_to_hub(self:C2CModel,
+    *repo_ids:str, # repository for each sharer's fuser, such as 'me/my-fuser'; made if it is not there
+    **kwargs, # of `Fuser.push_to_hub`, such as `private`, `token`, `branch`
+)->list[str]: # addresses of the last commits
+    """Upload each fuser with its model card, and beside it the processor of its pair.
+
+    Raises `ValueError` where there are not as many repositories as sharers."""
+    _one_each(repo_ids, self.fusers, 'repositories')
+    commits = []
+    for j, (repo, fuser) in enumerate(zip(repo_ids, self.fusers)):
+        processor = self._note_pair(j)
+        commits.append(fuser.push_to_hub(repo, **kwargs))
+        if processor is None: continue
+        with tempfile.TemporaryDirectory() as folder:
+            processor.save_pretrained(folder)
+            commits[-1] = str(upload_folder(repo_id=repo, folder_path=folder, commit_message='Processor', token=kwargs.get('token'), revision=kwargs.get('branch'), create_pr=kwargs.get('create_pr')))
+    return commits

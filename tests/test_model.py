@@ -6,6 +6,9 @@ from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.fuser import Fuser, tokenizer_fingerprint
 from c2c_nb.model import C2CModel
 
+from conftest import root, run_python
+from fake_hub import fake_hub
+
 
 @pytest.fixture(scope='module')
 def pair(golden):
@@ -84,3 +87,25 @@ def test_a_model_that_cannot_be_found_is_named(pair, tmp_path):
     made.save_pretrained(tmp_path/'fuser')
     with pytest.raises(OSError, match="made for 'nobody/nothing'"): C2CModel.from_pretrained(tmp_path/'fuser')
     with pytest.raises(ValueError, match='2 folders were given for 1 fusers'): C2CModel(r, [s], [made]).save_pretrained(tmp_path/'a', tmp_path/'b')
+
+
+PUSH = """
+from transformers import AutoModelForCausalLM
+from c2c_nb.model import C2CModel
+c2c = C2CModel.from_pretrained({folder!r})
+print('pushed', *c2c.push_to_hub('me/mine', token='hf_test'))
+again = C2CModel.from_pretrained('me/mine')
+chat = [dict(role='user', content='What is the capital of France?')]
+print(again.processor.strategies, again.chat(chat, max_new_tokens=5) == c2c.chat(chat, max_new_tokens=5))
+"""
+
+
+def test_there_and_back_over_the_hub(pair, tmp_path):
+    "huggingface_hub's own client carries fuser, card and processor to a hub in a thread; one name brings all of it back."
+    r, s, a, b, fuser = pair
+    C2CModel(r, [s], [fuser(alignment='offsets')], processor=C2CProcessor(a, [b])).save_pretrained(tmp_path/'fuser')
+    with fake_hub() as (hub, address):
+        done = run_python(PUSH.format(folder=str(tmp_path/'fuser')), cwd=root, timeout=120, HF_ENDPOINT=address, HF_HUB_OFFLINE='0', TRANSFORMERS_OFFLINE='0', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1', NO_PROXY='127.0.0.1')
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "['offsets'] True" and f'pushed {address}/me/mine' in done.stdout
+    assert {'README.md', 'config.json', 'model.safetensors', 'processor_config.json', 'receiver_tokenizer/tokenizer.json', 'sharer_tokenizers/0/tokenizer.json'} <= set(hub.repos['me/mine']['main'])
