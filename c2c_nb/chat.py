@@ -24,6 +24,7 @@ from transformers import TextStreamer
 from .align import C2CProcessor, read_chat
 from .cache import clone_cache, keeps_state
 from .cli import read_conversation
+from .fuser import Fuser
 from .model import C2CModel
 from .plan import FusedCache, common_columns
 from .toy import build_models, connect, get_world, train_fuser
@@ -240,7 +241,9 @@ def embedded_fuser(
     receiver, sharer = build_models(world, progress=progress, cache=cache)
     home = Path(receiver.config.name_or_path).parent
     folder = home/f"chat-{hashlib.sha256(repr([world.fuser_args, world.layer_map, steps or world.fuser_steps, _TEMPLATE]).encode()).hexdigest()[:8]}"
-    if folder.is_dir(): return folder
+    if folder.is_dir():
+        try: Fuser.from_pretrained(folder); C2CProcessor.from_pretrained(folder); return folder
+        except (ValueError, FileNotFoundError): shutil.rmtree(folder, ignore_errors=True)      # damaged, or of another version: made again
     world.tokenizer.chat_template = _TEMPLATE
     c2c, building = connect(world, receiver, sharer), home/f'.chat-{secrets.token_hex(4)}'
     c2c.processor = C2CProcessor(world.tokenizer, [world.tokenizer])

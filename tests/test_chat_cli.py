@@ -328,6 +328,8 @@ def test_the_embedded_pair(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     folder = embedded_fuser(tmp_path, progress=False, steps=2)
     assert torch.get_num_threads() == threads
+    (folder/'model.safetensors').write_bytes(b'damaged')          # made again
+    assert embedded_fuser(tmp_path, progress=False, steps=2) == folder and Fuser.from_pretrained(folder)
     monkeypatch.setattr(c2c_nb.chat, 'train_fuser', lambda *a, **k: pytest.fail('trained again'))
     assert embedded_fuser(tmp_path, progress=False, steps=2) == folder
     assert not list(folder.parent.glob('.*')), 'nothing is left behind'
