@@ -23,7 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .cache import clone_cache, keeps_state, make_cache, read_layer, write_layer, rope_table, rotate_keys, unrotate_keys
 from .align import C2CProcessor, load_tokenizer
 from .fuser import Fuser, model_facts, tokenizer_fingerprint
-from .plan import Cut, FusedCache, Plan, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
+from .plan import Cut, FusedCache, Plan, check_length, common_columns, continue_cache, extend_plan, make_plan, repeat_plan
 
 # %% ../nbs/04_model.ipynb #def-c2cmodel
 class C2CModel(nn.Module):
@@ -117,7 +117,9 @@ def _read(
     known = _keywords(type(body))
     extra = dict(position_ids=position_ids) if 'position_ids' in known else {}
     if logits and 'logits_to_keep' in known: extra['logits_to_keep'] = logits
+    before = cache.get_seq_length()
     out = body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra)
+    if cache.get_seq_length() == before: raise ValueError(f"{type(model).__name__} kept nothing in its cache (gradient checkpointing in training mode turns it off): call its gradient_checkpointing_disable() or eval()")
     return out.logits[:, -logits:] if logits else None
 
 # %% ../nbs/04_model.ipynb #def-theirs
@@ -274,6 +276,7 @@ def _follower_class(
     @functools.wraps(cls.forward)                                # generate looks at its signature
     def forward(self, input_ids=None, past_key_values=None, **kwargs):
         model, before = self.__dict__['followed']
+        if not isinstance(past_key_values, FusedCache): return model(input_ids=input_ids, past_key_values=past_key_values, **kwargs)     # such as the unconditional pass of guidance
         before(input_ids, past_key_values)
         try: return model(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
         finally: past_key_values.pending = None
@@ -286,7 +289,7 @@ def _follower(self:C2CModel, plan):
     maps = [None]*len(self.sharers) if self.processor is None else self.processor.token_maps()
     for j, (table, sharer) in enumerate(zip(maps, self.sharers)):
         ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (self.receiver, sharer))
-        if table is None and theirs < ours and plan.answer[..., j].any() and self.processor is None:
+        if table is None and theirs < ours and plan.follows[:, j].any() and self.processor is None:
             raise ValueError(f"sharer {j} has a vocabulary of {theirs}, the receiver one of {ours}: to follow the response, C2CModel needs processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers), which translates what is generated")
         if table is None and theirs < ours: table = torch.arange(ours).clamp(max=theirs-1)
         elif table is not None and len(table) < ours: table = F.pad(table, (0, ours - len(table)), value=self.processor.sharer_tokenizers[j].unk_token_id or 0)     # ids that no tokenizer gives, but that a model may say
@@ -297,11 +300,14 @@ def _follower(self:C2CModel, plan):
         if total <= have: return                                 # the prompt's last token has been prepared
         waiting = 0 if cache.pending is None else next(kv[0].shape[-2] for kv in cache.pending[1] if kv)
         plan = extend_plan(plan, ids[:, have-total:], maps, have, cache.lead)
-        for j in range(len(self.sharers)): self._hear(cache, plan, j)
+        for j, sharer in enumerate(self.sharers):
+            if plan.need[j]: check_length(f'sharer {j}', plan.need[j], sharer)
+            self._hear(cache, plan, j)
         self._follow(cache, plan, have - waiting, total, None)
     cls, receiver = _follower_class(type(self.receiver)), self.receiver
     follower = cls.__new__(cls)
-    follower.__dict__.update({k: v for k, v in receiver.__dict__.items() if k != 'forward'}, followed=(receiver, before))
+    nn.Module.__init__(follower)                                 # hooks and what is compiled stay the receiver's, whose own call is made in every pass
+    follower.__dict__.update({k: v for k, v in receiver.__dict__.items() if k != 'forward' and not k.endswith(('_hooks', '_hooks_with_kwargs', '_hooks_always_called', '_compiled_call_impl'))}, followed=(receiver, before))
     return follower
 
 # %% ../nbs/04_model.ipynb #def-check-finite
@@ -374,6 +380,7 @@ def forward(self:C2CModel,
     with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
         logits = _read(self.receiver, plan.ids[:, stop:], plan.mask, plan.position_ids[:, stop:], work, logits=n)
     work.pending, loss = None, None
+    work.ids = plan.ids if plan.mask is None else plan.ids.masked_fill(plan.mask == 0, -1)
     if plan.labels is not None: loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), plan.labels[:, t-n+1:].flatten(), ignore_index=-100)
     return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=self._close(cache, work))
 
@@ -405,12 +412,13 @@ def generate(self:C2CModel,
     pairing:list|None=None, # (b, t) for each sharer: columns of its own ids, of any length; None: they are 1:1 with the receiver's
     **kwargs, # any keyword of transformers' `generate`
 )->Tensor: # (b, t + new) prompt and answer, or what `generate` gives with these keywords
-    """Answer a prompt. Prompts are padded on the left in what comes back, wherever the padding was.
+    """Answer a prompt. Prompts are padded on the left in what comes back, wherever the padding was. A given `cache` then holds the answer too, but after a beam search, whose rows are not the answers, it is left as it was.
 
     Raises `ValueError` for bad input."""
     for name, instead in (('inputs_embeds', 'input_ids'), ('past_key_values', 'cache'), ('inputs', 'input_ids')):
         if kwargs.get(name) is not None: raise ValueError(f"{name} cannot be given here, use {instead}")
     if kwargs.get('use_cache') is False: raise ValueError("use_cache=False was given, but C2C lives in the cache: leave it out")
+    if kwargs.get('cache_implementation') is not None: raise ValueError(f"cache_implementation={kwargs['cache_implementation']!r} was given, but the fused cache is one of its own kind, which keeps every position: leave it out")
     configs = [c for c in (kwargs.get('generation_config'), self.receiver.generation_config) if c is not None]
     setting = lambda name: next((v for v in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), None)     # as transformers merges them
     work, finite = self._continue(cache, input_ids), []
@@ -423,13 +431,16 @@ def generate(self:C2CModel,
     self._check_finite(finite, work)
     mask, copies = torch.ones_like(plan.ids) if plan.mask is None else plan.mask, max(setting(k) or 1 for k in ('num_beams', 'num_return_sequences'))
     text, positions = plan.ids, plan.position_ids
-    if follow or work.get_seq_length():
+    if follow or cache is not None or work.get_seq_length():
+        if work.fused is None and not work.get_seq_length(): work.fused = torch.zeros(len(plan.ids), 0, len(self.sharers), dtype=torch.bool)
         kwargs |= dict(past_key_values=work, use_cache=True)
-        if copies > 1: work.batch_repeat_interleave(copies); plan = repeat_plan(plan, copies)
-        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))): work.layers = [_ReplayLayer(layer.keys, layer.values) if getattr(layer, 'keys', None) is not None else layer for layer in work.layers]
+        if copies > 1 and (follow or work.get_seq_length()): work.batch_repeat_interleave(copies); plan = repeat_plan(plan, copies)
+        if any(map(setting, ('assistant_model', 'prompt_lookup_num_tokens', 'assistant_early_exit'))):
+            if keeps_state(work): raise ValueError("the receiver keeps states of recurrent or convolution layers, which cannot go back when an assistant's guess is wrong: leave assistant_model and prompt_lookup_num_tokens out")
+            work.layers = [_ReplayLayer(layer.keys, layer.values) if getattr(layer, 'keys', None) is not None else layer for layer in work.layers]
     if position_ids is not None: kwargs['position_ids'] = positions
     out = (self._follower(plan) if follow else self.receiver).generate(input_ids=text, attention_mask=mask, **kwargs)
-    if cache is not None and work.get_seq_length():
+    if cache is not None and work.get_seq_length() and (setting('num_beams') or 1) == 1:       # the rows that beams leave behind are not those of the answers
         said = out if isinstance(out, Tensor) else out.sequences
         work.ids = torch.cat([text.masked_fill(mask == 0, -1), said[:, t:]], 1)[:, :work.get_seq_length()] if copies == 1 else None
         self._close(cache, work)
@@ -463,7 +474,7 @@ def chat(self:C2CModel,
     if 'max_length' not in kwargs and config.max_new_tokens is None and config.max_length is None: kwargs.setdefault('max_new_tokens', 512)
     t, ids, work = batch['input_ids'].shape[1], batch['input_ids'].masked_fill(batch['attention_mask'] == 0, -1), self.new_cache() if cache is None else clone_cache(cache)
     if seen := work.get_seq_length():
-        same = 0 if work.ids is None else min(common_columns(ids, work.ids), t-1)
+        same = 0 if work.ids is None or work.fused is None else min(common_columns(ids, work.ids), t-1)
         theirs = list(zip(map(clone_cache, work.sharers), work.sharer_ids))
         if same == 0 or same < seen and keeps_state(work): work = self.new_cache()         # nothing to go on from, or no way back
         elif same < seen: work.crop(same - seen)

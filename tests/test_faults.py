@@ -93,7 +93,7 @@ def test_bad_labels(case):
 
 def test_what_generate_cannot_take():
     c2c = c2c_of()
-    for kwargs, says in ((dict(inputs_embeds=torch.zeros(2, 8, 32)), 'use input_ids'), (dict(past_key_values=DynamicCache()), 'use cache'), (dict(inputs=ids), 'use input_ids'), (dict(use_cache=False), 'C2C lives in the cache')):
+    for kwargs, says in ((dict(inputs_embeds=torch.zeros(2, 8, 32)), 'use input_ids'), (dict(past_key_values=DynamicCache()), 'use cache'), (dict(inputs=ids), 'use input_ids'), (dict(use_cache=False), 'C2C lives in the cache'), (dict(cache_implementation='static'), 'keeps every position')):
         refused(lambda: c2c.generate(ids, **kwargs), ValueError, says, models=c2c)
 
 
@@ -491,3 +491,15 @@ def test_other_files_beside_a_published_checkpoint(published):
 def test_a_saved_fuser_is_not_a_published_one_and_back(published, saved):
     refused(lambda: Fuser.from_pretrained(published), FileNotFoundError, 'from_published')
     refused(lambda: Fuser.from_published(saved), FileNotFoundError, 'projector_config.json is missing')
+
+
+def test_what_a_receiver_or_sharer_cannot_do():
+    c2c = c2c_of('lfm2', ['llama'])
+    refused(lambda: c2c.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=3), ValueError, 'cannot go back', 'leave assistant_model')
+    r = copy.deepcopy(tiny('qwen3')); r.gradient_checkpointing_enable(); r.train()
+    s = tiny('llama', 1)
+    refused(lambda: C2CModel(r, [s], [fuser_for(r, s)]).prefill(ids), ValueError, 'kept nothing in its cache', 'gradient_checkpointing_disable')
+    c2c = c2c_of('qwen3', ['gpt2'])
+    c2c.follow_response = True                                   # the sharer has 64 positions
+    refused(lambda: c2c.generate(ids_of(1, 62), max_new_tokens=6), ValueError, 'the sharer 0 has 64', models=c2c)
+    assert c2c.generate(ids_of(1, 62), max_new_tokens=2).shape == (1, 64)

@@ -56,10 +56,10 @@ def test_training(golden, models, case):
 
 # against the definition, step by step with plain caches
 
-def by_hand(c2c, ids, steps, sections=None):
-    "Greedy ids and logits of the definition for one row and any sharers in parallel: raw pass, fuse, pass over the fused cache with the token's own keys and values replaced."
+def by_hand(c2c, ids, steps, sections=None, state=None):
+    "Greedy ids, logits and what is left, of the definition, for one row and any sharers in parallel: raw pass, fuse, pass over the fused cache with the token's own keys and values replaced. `state`: what an earlier turn left."
     sections = [len(ids) - 1] if sections is None else sections
-    receiver, raw, fused, theirs = c2c.receiver, DynamicCache(), DynamicCache(), [DynamicCache() for _ in c2c.sharers]
+    receiver, (raw, fused, theirs, start) = c2c.receiver, state or (DynamicCache(), DynamicCache(), [DynamicCache() for _ in c2c.sharers], 0)
     def add(start, stop, own):
         out = [[k, v] for k, v in own]
         for j, fuser in enumerate(c2c.fusers):
@@ -73,13 +73,13 @@ def by_hand(c2c, ids, steps, sections=None):
     class Instead(DynamicCache):
         def update(self, k, v, i, *a, **kw): return super().update(*self.instead[i], i, *a, **kw)
     with torch.no_grad():
-        start, text, logits = 0, ids[None], []
+        text, logits = ids[None], []
         for stop in sections:
             receiver.base_model(text[:, start:stop], past_key_values=fused)
             for s, c in zip(c2c.sharers, theirs): s.base_model(text[:, start:stop], past_key_values=c)
             put(start, add(start, stop, [read_layer(fused, i, start, stop) for i in range(len(fused.layers))]))
             start = stop
-        receiver.base_model(text[:, :start], past_key_values=raw)
+        receiver.base_model(text[:, raw.get_seq_length():start], past_key_values=raw)
         for _ in range(steps):
             stop = text.shape[1]
             receiver.base_model(text[:, start:stop], past_key_values=raw)
@@ -89,13 +89,13 @@ def by_hand(c2c, ids, steps, sections=None):
             logits.append(receiver(text[:, start:stop], past_key_values=last).logits[:, -1])
             fused.layers = last.layers
             start, text = stop, torch.cat([text, logits[-1].argmax(-1, keepdim=True)], 1)
-    return text[0, len(ids):].tolist(), torch.cat(logits)
+    return text[0, len(ids):].tolist(), torch.cat(logits), (raw, fused, theirs, start)
 
 
 @pytest.mark.parametrize('receiver', architectures)
 def test_any_receiver(receiver):
     c2c, ids = following(receiver, [other_sharer.get(receiver, 'qwen3')]), ids_of(9)
-    expected, logits = by_hand(c2c, ids, 4)
+    expected, logits, _ = by_hand(c2c, ids, 4)
     out = c2c.generate(ids[None], max_new_tokens=4, **logits_of)
     assert out.sequences[0, 9:].tolist() == expected
     close(torch.cat(out.logits), logits)
@@ -106,7 +106,7 @@ def test_any_receiver(receiver):
 def test_the_raw_cache_was_never_fused():
     "However the prompt is cut, what the answer is fused from is the receiver's own (the official result depends on the cuts)."
     c2c, ids = following('qwen3', ['llama', 'gpt2']), ids_of(9)
-    expected, logits = by_hand(c2c, ids, 3, [3, 6, 8])
+    expected, logits, _ = by_hand(c2c, ids, 3, [3, 6, 8])
     out = c2c.generate(ids[None], sections=torch.tensor([[0]*3 + [1]*3 + [2]*2 + [3]]), max_new_tokens=3, **logits_of)
     close(torch.cat(out.logits), logits)
     assert out.sequences[0, 9:].tolist() == expected
@@ -181,15 +181,18 @@ def test_6_a_prompt_of_one_token():
 
 
 def test_7_a_followed_conversation_goes_on():
-    "Prefill, answer, go on: the same as with a cache made in one call with the same marks."
-    c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
-    cache = c2c.prefill(ids)
+    "Prefill, answer, and a second turn on the same cache, against the definition."
+    c2c, ids = following('qwen3', ['llama', 'gpt2']), ids_of(1, 8)
+    cache, (expected, _, state) = c2c.prefill(ids), by_hand(c2c, ids[0], 3)
     first = c2c.generate(ids, cache=cache, max_new_tokens=3)
-    assert torch.equal(first, c2c.generate(ids, max_new_tokens=3))
+    assert first[0, 8:].tolist() == expected
     assert cache.fused.shape[1] == cache.get_seq_length() == cache.raw.get_seq_length() == cache.sharers[0].get_seq_length()
     more = torch.cat([first, ids_of(1, 4, seed=5)], 1)
-    steps = [c2c.generate(more, cache=clone_cache(cache), max_new_tokens=3) for _ in range(2)]
-    assert torch.equal(*steps)
+    expected, logits, state = by_hand(c2c, more[0], 3, state=state)
+    out = c2c.generate(more, cache=cache, max_new_tokens=3, **logits_of)
+    close(torch.cat(out.logits), logits)
+    assert out.sequences[0, more.shape[1]:].tolist() == expected
+    for a, b in zip(cache.raw.layers, state[0].layers): close(a.keys, b.keys)
 
 
 def test_7_a_cache_made_without_following_goes_on():
@@ -315,3 +318,84 @@ def test_another_text_on_a_cache_is_refused():
     with pytest.raises(ValueError, match=r'another text: it differs from input_ids at position 3'): c2c.prefill(other, cache=cache)
     cache.crop(3 - cache.get_seq_length())
     assert torch.equal(c2c.generate(other, cache=cache, max_new_tokens=3), c2c.generate(other, sections=torch.tensor([[0]*3 + [1]*8 + [2]]), max_new_tokens=3))
+
+
+# found in review
+
+def test_a_receiver_with_hooks_or_compiled_is_followed_once_per_pass():
+    c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
+    c2c.receiver, runs = copy.deepcopy(c2c.receiver), []
+    expected = c2c.generate(ids, max_new_tokens=3)
+    handle = c2c.receiver.register_forward_hook(lambda *_: runs.append(1))
+    assert torch.equal(c2c.generate(ids, max_new_tokens=3), expected) and len(runs) == 3
+    handle.remove()
+    c2c.receiver.compile(backend='eager', dynamic=True)
+    assert torch.equal(c2c.generate(ids, max_new_tokens=3), expected)
+
+
+def test_a_row_whose_last_token_is_unheard_is_followed():
+    "A sharer that has nothing at the last prompt token hears the answer all the same."
+    c2c, ids = following('qwen3', ['llama']), ids_of(1, 8)
+    mask = torch.ones(1, 8).long(); mask[:, -1] = 0
+    pair = torch.arange(8)[None].clone(); pair[:, -1] = -1
+    for kw in dict(sharer_attention_mask=[mask]), dict(sharer_input_ids=[ids], pairing=[pair]):
+        cache = c2c.new_cache()
+        c2c.generate(ids, cache=cache, max_new_tokens=4, **kw)
+        assert cache.fused[0, :, 0].tolist() == [True]*7 + [False] + [True]*3
+
+
+def test_sharers_that_are_active_nowhere_are_not_run_for_an_answer():
+    c2c, ids = following('qwen3', ['llama', 'gpt2']), ids_of(1, 8)
+    active = torch.ones(1, 8, 2, dtype=torch.bool); active[..., 1] = False
+    cache = c2c.new_cache()
+    c2c.generate(ids, cache=cache, active=active, max_new_tokens=4)
+    assert [s.get_seq_length() for s in cache.sharers] == [11, 0]
+
+
+def test_guidance_has_a_cache_of_its_own():
+    for c2c in c2c_of('qwen3', ['llama']), following('qwen3', ['llama']): assert c2c.generate(ids_of(1, 8), guidance_scale=1.5, max_new_tokens=3).shape == (1, 11)
+
+
+def test_beams_leave_a_given_cache_alone():
+    for c2c in c2c_of('qwen3', ['llama']), following('qwen3', ['llama']):
+        ids, cache = ids_of(1, 8), c2c.new_cache()
+        c2c.prefill(ids, cache=cache)
+        c2c.generate(ids, cache=cache, num_beams=3, num_return_sequences=3, max_new_tokens=3)
+        assert cache.get_seq_length() == 7 and cache.layers[0].keys.shape[0] == 1
+
+
+def test_a_given_cache_is_filled_also_where_nothing_is_fused():
+    c2c, ids = c2c_of('qwen3', ['llama']), ids_of(1, 8)
+    cache = c2c.new_cache()
+    out = c2c.generate(ids, cache=cache, active=torch.zeros(1, 8, 1, dtype=torch.bool), max_new_tokens=3)
+    assert cache.get_seq_length() == 10 and torch.equal(cache.ids, out[:, :10])
+    closed = c2c_of('qwen3', ['llama'], gate=0.)
+    cache = closed.new_cache()
+    closed.generate(ids, cache=cache, max_new_tokens=3)
+    assert cache.get_seq_length() == 10
+
+
+def test_forward_notes_what_it_read():
+    c2c, x = c2c_of('qwen3', ['llama']), ids_of(1, 8)
+    cache = c2c.new_cache()
+    with torch.no_grad(): c2c(x, sections=torch.tensor([[0]*4 + [1]*4]), cache=cache)
+    z = torch.cat([x, ids_of(1, 2, seed=7)], 1); z[:, 6] = z[:, 6] % 50 + 1
+    with pytest.raises(ValueError, match='differs from input_ids at position 6'): c2c.generate(z, cache=cache, max_new_tokens=2)
+
+
+@pytest.mark.parametrize('follow', [False, True], ids=['', 'follow'])
+def test_a_row_that_ended_goes_on(follow):
+    "EOS within a batch: the padding behind it is left out of the next turn."
+    c2c, ids = c2c_of('qwen3', ['llama']), ids_of(2, 8)
+    c2c.follow_response = follow
+    eos = c2c.generate(ids, max_new_tokens=6)[0, 8].item()
+    cache, own = c2c.new_cache(), c2c.new_cache()
+    out = c2c.generate(ids, cache=cache, max_new_tokens=6, eos_token_id=eos, pad_token_id=0)
+    assert out[0, 8] == eos and (out[0, 9:] == 0).all() and (out[1, 9:] != 0).any()
+    more = torch.cat([out, ids_of(2, 3, seed=8)], 1)
+    mask = torch.ones_like(more); mask[0, 9:14] = 0
+    together = c2c.generate(more, mask, cache=cache, max_new_tokens=2, **logits_of)
+    c2c.generate(ids[:1], cache=own, max_new_tokens=3)
+    own.crop(9 - own.get_seq_length())                            # the row alone, up to and with its EOS token
+    single = c2c.generate(torch.cat([out[:1, :9], more[:1, 14:]], 1), cache=own, max_new_tokens=2, **logits_of)
+    for a, b in zip(together.logits, single.logits): close(a[:1], b)
