@@ -680,12 +680,15 @@ def run_demo(
     cache:str|Path|None=None, # folder to keep the models in; None: the user's cache
     progress:bool=True, # show progress bars
 )->Results: # `about` holds the seconds of each stage and the training history
-    "Make two models, train a fuser between them, and compare the ways to answer on held-out questions. Runs in one torch thread, and leaves their number as it was."
+    """Make two models, train a fuser between them, and compare the ways to answer on held-out questions. Runs in one torch thread, and leaves their number as it was.
+
+    Raises `ValueError` for a world of more than two models."""
     threads, seconds, start = torch.get_num_threads(), {}, time.perf_counter()
     def lap(stage): nonlocal start; seconds[stage], start = time.perf_counter() - start, time.perf_counter()
     torch.set_num_threads(1)
     try:
         world = get_world(world, seed)
+        if len(world.roles) != 2: raise ValueError(f"the world {world.name!r} has {len(world.roles)} models, the demo is made for two: use 'skill' or 'facts', or see the tutorial on several sharers")
         receiver, sharer = build_models(world, fresh, progress, cache); lap('models')
         c2c = connect(world, receiver, sharer, seed)
         history = train_fuser(c2c, world, steps, seed=seed, progress=progress); lap('fuser')

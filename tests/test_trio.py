@@ -84,7 +84,7 @@ def test_the_key_is_reproducible_and_knows_the_second_tokenizer(world, monkeypat
     other = TinyTrio(0); other.tokenizer_of('neg')(['neg of 1 2 ? it is', 'item'], padding=True)
     assert world.key() == key == other.key()
     assert len({key, TinyTrio(1).key(), trio.TrioWorld(0).key(), toy.SkillWorld(0).key()}) == 4
-    monkeypatch.setattr(trio, 'MERGES', trio.MERGES[:-1])
+    monkeypatch.setattr(trio, 'MERGES', [*trio.MERGES[1::-1], *trio.MERGES[2:]])              # as many pieces, two of them numbered otherwise
     assert TinyTrio(0).key() != key
 
 
@@ -174,3 +174,27 @@ def test_the_tally_counts(world):
     adder = trio.tally(world, lambda ps: [right[re.sub(r'.* of', 'sum of', p)] for p in ps], limit=400)
     assert adder['sum'] == [400, 400, 0] and adder['neg'][0] + adder['neg'][2] == 400 and 40 < adder['neg'][0] < 130   # a sum is its own negative twice in ten
     assert trio.tally(world, lambda ps: [right[p] for p in ps], limit=400, batch=150) == {s: [400, 400, 0] for s in world.skills}
+
+
+def test_the_demo_is_for_two_models():
+    with pytest.raises(ValueError, match="'trio' has 3 models"): toy.run_demo('trio', progress=False)
+
+
+def test_the_record_is_whole_and_what_the_notebook_shows():
+    record = json.loads((root/'nbs/results/trio.json').read_text())
+    about, rows = record['about'], record['rows']
+    assert {'device', 'machine', 'python', 'torch', 'transformers', 'command'} <= set(about) and about['seeds'] == [0, 1, 2]
+    subsets = ['receiver model', 'sum model', 'neg model', 'apart: neg, longest', 'apart: mismatched sum', 'apart: mismatched neg', 'apart: neg+sum, sequential', 'tuned: sum+neg, sequential']
+    assert set(subsets) | {f'{how}: {who}' for how in ('apart', 'tuned', 'modest', 'joint') for who in ('sum', 'neg', 'sum+neg, parallel')} <= set(rows)
+    for name, seeds in rows.items():
+        assert set(seeds) == set(record['cpu_seconds']) == {'0', '1', '2'}
+        for counts in seeds.values():
+            assert set(counts) == {'sum', 'neg', 'item'}, name
+            for right, n, foreign in counts.values(): assert n >= 1000 and right + foreign <= n
+    cells = {c['id']: c for c in json.loads((root/'nbs/05c_trio.ipynb').read_text())['cells']}
+    shown = {}
+    for line in ''.join(cells['record-table']['outputs'][0]['data']['text/markdown']).splitlines()[2:]:
+        name, *cols = (x.strip() for x in line.strip('|').split('|'))
+        shown[name] = [float(c.split()[0]) for c in cols[:3]]
+    assert shown == {name: [round(100*sum(c[s][0] for c in seeds.values())/sum(c[s][1] for c in seeds.values()), 1) for s in ('sum', 'neg', 'item')] for name, seeds in rows.items()}
+    assert 'image/png' in cells['record-plot']['outputs'][-1]['data']
