@@ -44,8 +44,10 @@ def c2c_demo(
     import transformers
     from c2c_nb.toy import get_world, run_demo
     transformers.utils.logging.disable_progress_bar()
-    try: title, (theirs, own) = (w := get_world(world, seed)).title, w.skills
+    try: w = get_world(world, seed)
     except KeyError as e: _refuse(e.args[0])
+    if len(w.roles) != 2: _refuse(f"the world {world!r} has {len(w.roles)} models, this command is for two: use 'skill' or 'facts'")
+    title, (theirs, own) = w.title, w.skills
     print(f"The world is {title}: only the sharer knows '{theirs}', only the receiver knows '{own}'.\n"
         f"    for example: {w.questions(theirs, 'valid')[0].prompt} {w.questions(theirs, 'valid')[0].answer}\n                 {w.questions(own, 'valid')[0].prompt} {w.questions(own, 'valid')[0].answer}", flush=True)
     try: r = run_demo(world, seed, steps or None, fresh, figure=figure)

@@ -78,7 +78,7 @@ def test_controls_change_the_sharers_cache_only():
 
 
 @pytest.mark.parametrize('args, says', [(['--world', 'flat'], 'no world called'), (['--steps', '-3'], '--steps is -3'), (['--figure', 'no/where.png'], 'no folder'),
-    (['--figure', 'x.doc'], 'must end in'), (['--results', 'no/where.json'], 'no folder')])
+    (['--figure', 'x.doc'], 'must end in'), (['--results', 'no/where.json'], 'no folder'), (['--world', 'trio'], 'has 3 models')])
 def test_bad_arguments(args, says, tmp_path):
     done = subprocess.run([COMMAND, *args], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr and list(tmp_path.iterdir()) == []
