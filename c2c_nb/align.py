@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .fuser import tokenizer_fingerprint
-from .hub import local_folder
+from .hub import local_folder, read_json
 
 # %% ../nbs/03_align.ipynb #def-load-tokenizer
 def load_tokenizer(
@@ -44,7 +44,7 @@ def load_tokenizer(
         except EntryNotFoundError: found = False                 # or offline and not in the cache: then `AutoTokenizer` will say so
         except (RepositoryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository on the hub") from e
     try: tokenizer = (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as e: raise FileNotFoundError(f"no tokenizer could be loaded from {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+    except Exception as e: raise FileNotFoundError(f"no tokenizer could be loaded from {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens): raise FileNotFoundError(f"there is no tokenizer in {name}: transformers made one with no words at all")
     return tokenizer
 
@@ -147,34 +147,38 @@ def _locate(
         try: return re.split(f'c2cmark{salt}(\\d+)end', render([{**m, 'content': mark(i)} if i in which else m for i, m in enumerate(messages)]))
         except ValueError: return []                             # a template that looks into the text
 
-    # all at once: what lies between the markers must lie between the texts, which may have been trimmed
-    between, order = (parts := marked(contents))[::2], [int(i) for i in parts[1::2]]
-    if order and len(set(order)) == len(order) and text.startswith(between[0]):
-        ways = [{len(between[0]): None}]                         # for each message, end of it and of what follows -> (where it began, span)
-        for i, after in zip(order, between[1:]):
-            c, found = contents[i], {}
-            versions = dict.fromkeys([(c, 0), (c.rstrip(), 0), (c.lstrip(), len(c) - len(c.lstrip())), (c.strip(), len(c) - len(c.lstrip()))])
-            for at in ways[-1]:
-                for version, skipped in versions:
-                    stop = at + len(version)
-                    if text.startswith(version, at) and text.startswith(after, stop): found.setdefault(stop + len(after), (at, (at, stop, skipped)))
-            ways.append(found)
-        if len(text) in ways[-1]:
-            at = len(text)
-            for i, found in zip(order[::-1], ways[:0:-1]): at, spans[i] = found[at]
-            return [s if s and s[0] < s[1] else None for s in spans]
-
-    # one by one: the template looks into some text, or changes it
-    for i, c in contents.items():
-        if len(parts := marked([i])) != 3: continue
-        before, _, after = parts
-        if len(before) + len(after) > len(text) or not (text.startswith(before) and text.endswith(after)): continue
-        here, bare = text[len(before):len(text)-len(after)], c.strip()     # what the template made of this text
-        if here and (c.count(here) == 1 or c.endswith(here)): spans[i] = (len(before), len(before) + len(here), c.rfind(here))     # a part of it
-        elif bare and here.count(bare) == 1:                     # the text, and something that the template added because of it
-            at, skipped = len(before) + here.find(bare), c.find(bare)
-            spans[i] = (at, at + len(bare), skipped)
-    return spans
+    def find(which):
+        "Mark these messages together; where the template changes one of them, each half of them."
+        # all at once: what lies between the markers must lie between the texts, which may have been trimmed
+        between, order = (parts := marked(which))[::2], [int(i) for i in parts[1::2]]
+        if order and len(set(order)) == len(order) and text.startswith(between[0]):
+            ways = [{len(between[0]): None}]                         # for each message, end of it and of what follows -> (where it began, span)
+            for i, after in zip(order, between[1:]):
+                c, found = contents[i], {}
+                versions = dict.fromkeys([(c, 0), (c.rstrip(), 0), (c.lstrip(), len(c) - len(c.lstrip())), (c.strip(), len(c) - len(c.lstrip()))])
+                for at in ways[-1]:
+                    for version, skipped in versions:
+                        stop = at + len(version)
+                        if text.startswith(version, at) and text.startswith(after, stop): found.setdefault(stop + len(after), (at, (at, stop, skipped)))
+                ways.append(found)
+            if len(text) in ways[-1]:
+                at = len(text)
+                for i, found in zip(order[::-1], ways[:0:-1]): at, spans[i] = found[at]
+                return
+        if len(which) > 1: find(which[:len(which)//2]); find(which[len(which)//2:]); return
+        # one by one: the template looks into some text, or changes it
+        for i in which:
+            c = contents[i]
+            if len(parts) != 3: continue
+            before, _, after = parts
+            if len(before) + len(after) > len(text) or not (text.startswith(before) and text.endswith(after)): continue
+            here, bare = text[len(before):len(text)-len(after)], c.strip()     # what the template made of this text
+            if here and (c.count(here) == 1 or c.endswith(here)): spans[i] = (len(before), len(before) + len(here), c.rfind(here))     # a part of it
+            elif bare and here.count(bare) == 1:                     # the text, and something that the template added because of it
+                at, skipped = len(before) + here.find(bare), c.find(bare)
+                spans[i] = (at, at + len(bare), skipped)
+    if contents: find(list(contents))
+    return [s if s and s[0] < s[1] else None for s in spans]
 
 # %% ../nbs/03_align.ipynb #def-tokenize
 def _tokenize(tokenizer, text, special):
@@ -491,8 +495,9 @@ def shared_vocabulary(
     if tokenizer_fingerprint(receiver_tokenizer) == tokenizer_fingerprint(sharer_tokenizer): return [], {}
     r, s = (json.loads(t.to_str()) for t in (r, s))
     if wrong := [f"{k} differs" for k in ('normalizer', 'pre_tokenizer') if r[k] != s[k]] + [f"model: {k} differs" for k in sorted(r['model'].keys() | s['model'].keys()) if r['model'].get(k) != s['model'].get(k)]: return wrong, {}
-    ids, theirs = [sorted((t['id'], t['content']) for t in x['added_tokens']) for x in (r, s)]
-    own = [i for i, c in ids if (i, c) not in theirs]
+    ids, theirs = [{t['id']: t['content'] for t in x['added_tokens']} for x in (r, s)]
+    if clash := [f"{i} is {c} and {theirs[i]}" for i, c in sorted(ids.items()) if theirs.get(i, c) != c]: return [f"their added tokens differ ({', '.join(clash[:3])}{' ...' if len(clash) > 3 else ''})"], {}
+    own = sorted(ids.keys() - theirs.keys())
     return [], dict(zip(own, _token_map(receiver_tokenizer, sharer_tokenizer, 'longest', own).tolist())) if own else {}
 
 # %% ../nbs/03_align.ipynb #def-c2cbatch
@@ -723,8 +728,7 @@ def from_pretrained(cls:C2CProcessor,
     folder = local_folder(name, (PROCESSOR_CONFIG, 'receiver_tokenizer/*', 'sharer_tokenizers/*'), subfolder, revision=revision, **hub)
     file = folder/PROCESSOR_CONFIG
     if not file.exists(): raise FileNotFoundError(f"{folder} holds no {PROCESSOR_CONFIG}, so there is no saved processor: make one with C2CProcessor(receiver_tokenizer, sharer_tokenizers) and save it there")
-    try: config = json.loads(file.read_text())
-    except ValueError as e: raise ValueError(f"{file} is not valid JSON ({e}): the file is damaged, save the processor again") from e
+    config = read_json(file)
     if not isinstance(config, dict) or not isinstance(config.get('strategies'), list) or not isinstance(config.get('sharer_tokenizers'), list) or len(config['strategies']) != len(config['sharer_tokenizers']):
         raise ValueError(f"{file} is not the config of a C2CProcessor (strategies and tokenizers, one for each sharer, should be in it)")
     if config.get('format_version') != 1: raise ValueError(f"{file} has format version {config.get('format_version')!r}, this c2c_nb reads 1: upgrade c2c_nb")

@@ -152,6 +152,7 @@ class KVGeometry:
     head_dim:int|tuple[int, ...]
 
     def __post_init__(self):
+        if not isinstance(self.layers, int) or not 0 < self.layers <= 10_000: raise ValueError(f"layers={self.layers!r} was given; a model has 1 to 10000")
         for name in ('kv_heads', 'head_dim'):
             value = getattr(self, name)
             if isinstance(value, int): continue

@@ -27,7 +27,7 @@ from torch.func import vmap
 from transformers import PreTrainedModel
 
 from .cache import KVGeometry, check_rope
-from .hub import CARD_MARK, check_tensors, local_folder, model_card
+from .hub import CARD_MARK, check_tensors, local_folder, model_card, read_json
 from .projector import Projector, get_projector
 from .published import PUBLISHED, read_published
 
@@ -187,7 +187,7 @@ class Fuser(nn.Module, PyTorchModelHubMixin, library_name='c2c_nb', tags=['c2c',
         if wrong: raise ValueError(f"the layer map names sharer layers {wrong}, but the sharer has {s.layers} layers (0 to {s.layers-1})")
         if all(j is None for j in layer_map): raise ValueError("the layer map is empty: name a sharer layer for at least one receiver layer")
         for role, geometry, layers in (('receiver', r, [i for i, j in enumerate(layer_map) if j is not None]), ('sharer', s, layer_map)):
-            empty = sorted({i for i in layers if i is not None} - set(fusable(geometry)))
+            empty = sorted({i for i in layers if i is not None and not all(geometry.layer(i))})
             if empty: raise ValueError(f"the layer map names layer{'s'*(len(empty) > 1)} {', '.join(map(str, empty))} of the {role} {(getattr(config, role) or {}).get('name') or ''}, which keep{'s'*(len(empty) == 1)} no attention keys and values of {'their' if len(empty) > 1 else 'its'} own (linear attention, or keys and values shared with another layer), so nothing can be fused there. "
                 f"Layers that can be fused are {', '.join(map(str, fusable(geometry))) or 'none'}: name only these, and None for receiver layers to leave alone")
         if config.key_space not in ('cache', 'unrotated'): raise ValueError(f"key_space={config.key_space!r} was given; use 'cache' or 'unrotated'")
@@ -489,11 +489,12 @@ def _from_pretrained(cls:Fuser, *, model_id, map_location='cpu', dtype=None, **k
         if not (folder/file).exists():
             published = (folder/'projector_config.json').exists()
             raise FileNotFoundError(f"{folder} holds no {file}, so it is not a saved fuser" + ("; it looks like a published checkpoint: use Fuser.from_published" if published else ""))
-    try: raw = json.loads((folder/CONFIG).read_text())
-    except ValueError as e: raise ValueError(f"{folder/CONFIG} is not valid JSON ({e}): the file is damaged, save the fuser again") from e
+    raw = read_json(folder/CONFIG)
     if not isinstance(raw, dict) or not isinstance(raw.get('layer_map'), list): raise ValueError(f"{folder/CONFIG} is not the config of a fuser (no layer map in it)")
     if raw.get('format_version') not in range(1, FuserConfig.format_version + 1):
         raise ValueError(f"{folder/CONFIG} has format version {raw.get('format_version')!r}, this c2c_nb reads 1 to {FuserConfig.format_version}: upgrade c2c_nb")
+    if wrong := [f'{k} is {raw[k]!r}' for kind, names in ((dict, ('receiver', 'sharer', 'training')), (str, ('receiver_tokenizer', 'sharer_tokenizer'))) for k in names if not isinstance(raw.get(k), (kind, type(None)))] + [f"{k}'s name is {f['name']!r}" for k in ('receiver', 'sharer') if isinstance(f := raw.get(k), dict) and not isinstance(f.get('name'), (str, type(None)))]:
+        raise ValueError(f"{folder/CONFIG} does not describe a fuser ({', '.join(wrong)}): it was written by another version, or edited")
     try:
         with torch.device('meta'): fuser = cls(FuserConfig(**raw))
     except KeyError as e: raise ValueError(f"{folder/CONFIG}: {e.args[0]}") from e

@@ -39,7 +39,7 @@ def read_json(
     "What a JSON file holds. Raises `FileNotFoundError` or `ValueError` naming it."
     try: return json.loads(file.read_text())
     except FileNotFoundError: raise FileNotFoundError(f"{file} is missing: the checkpoint folder is incomplete") from None
-    except ValueError as e: raise ValueError(f"{file} is not valid JSON ({e})") from e
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{file} is not valid JSON ({e}): the file is damaged") from e
 
 # %% ../nbs/01b_hub.ipynb #def-check-tensors
 def check_tensors(

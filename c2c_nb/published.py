@@ -48,8 +48,8 @@ def read_published_tensors(
     try: state = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError: raise FileNotFoundError(f"{file} is missing: the checkpoint folder is incomplete") from None
     except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust") from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): truncated, or not a PyTorch file") from e
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of tensors")
+    except Exception as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): truncated, or not a PyTorch file") from e
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == 'cpu' for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of dense tensors")
     return state
 
 # %% ../nbs/01c_published.ipynb #ablation-levels
@@ -196,7 +196,7 @@ def read_published(
     maps = read_json(folder/'projector_config.json')
     try: table = {int(t): [(int(s), int(p)) for s, p in pairs] for t, pairs in maps['0'][str(sharer)].items()}
     except (KeyError, TypeError, AttributeError, ValueError): table = {}
-    if not table or min(table) < 0 or max(table) >= 10_000: raise ValueError(f"{folder/'projector_config.json'} has no layer map for sharer {sharer}; it should read {{'0': {{'{sharer}': {{receiver layer: [[sharer layer, projector]]}}}}}}")
+    if not table or min(table) < 0 or max(table) >= 10_000 or any(not 0 <= s < 10_000 for pairs in table.values() for s, _ in pairs): raise ValueError(f"{folder/'projector_config.json'} has no layer map for sharer {sharer}; it should read {{'0': {{'{sharer}': {{receiver layer: [[sharer layer, projector]]}}}}}}")
     files = {int(p.stem[10:]) for p in folder.glob('projector_*.pt') if p.stem[10:].isdigit()}
     named = {p for pairs in table.values() for _, p in pairs}
     if missing := named - files: raise FileNotFoundError(f"{folder}: projector_config.json names projectors {sorted(named)}, but {', '.join(f'projector_{i}.pt' for i in sorted(missing))} is missing: the checkpoint is incomplete")
