@@ -547,25 +547,41 @@ def token_maps(self:C2CProcessor)->list: # for each sharer None (it has the rece
         maps.append(table)
     return maps
 
-# %% ../nbs/03_align.ipynb #def-row
-@dataclass
-class _Row:
-    "One text or chat, before it is padded to the others'."
-    ids:list # receiver ids, padding within included
-    mask:list # bool
-    sharer_ids:list # for each sharer a list, or None: the receiver's
-    sharer_masks:list
-    pairing:list # for each sharer None, or its position for every receiver column
-    active:Tensor # (t, sharers) bool
-    sections:list
+# %% ../nbs/03_align.ipynb #def-answer-ids
+@functools.lru_cache(maxsize=64)
+def _turn_end(tokenizer, template, kwargs):
+    "What a chat template writes behind an answer."
+    messages = [dict(role='user', content='c2cask'), dict(role='assistant', content='c2canswer')]
+    return _render(tokenizer, messages, None, dict(kwargs) | dict(add_generation_prompt=False)).rpartition('c2canswer')[2]
 
-# %% ../nbs/03_align.ipynb #def-lay-out
+def _answer_ids(
+    tokenizer, # the receiver's
+    prompt:Reading, # what the receiver reads before
+    answer:str, # what it is to say
+    chat:bool, # is the prompt a chat?
+    end:bool, # is it to stop then?
+    kwargs:dict, # for the chat template
+)->list: # ids
+    "The tokens of an answer, as they follow a prompt. Raises `ValueError` where there are none."
+    tail = _turn_end(tokenizer, tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None, tuple(sorted({'enable_thinking': False, **kwargs}.items()))) if chat and end else ''
+    n, joint = len(prompt.ids), _tokenize(tokenizer, prompt.text + answer + tail, not chat)[0]
+    ids = joint[n:] if joint[:n] == prompt.ids else _tokenize(tokenizer, answer + tail, False)[0]     # where the answer's first letter would change the prompt's last token, the prompt stays as it is
+    if not chat and end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]: ids = ids + [tokenizer.eos_token_id]
+    if not ids: raise ValueError(f"the answer {answer!r} gives no tokens: there is nothing to learn")
+    return ids
+
+# %% ../nbs/03_align.ipynb #def-encode
 @patch
-def _row(self:C2CProcessor,
+def encode(self:C2CProcessor,
     item:str|list, # a text or a chat
+    answer:str|None=None, # what the receiver is to learn to say
+    end:bool=True, # that the answer is over is learned too
+    follow:bool=False, # sharers read the answer too, as they do for a model that follows the response
     **kwargs, # of `read_chat`
-)->_Row:
-    "Read one text or chat with all models and lay out what they read."
+)->dict: # lists, to be given to `pad`; `active` holds a number for every position, whose bit j says whether sharer j is fused there
+    "Read one text or chat with all models and lay out what they read. Raises `ValueError` for what cannot be read, or an answer that is no text."
+    if answer is not None and not (isinstance(answer, str) and answer): raise ValueError(f"an answer must be a text, {answer!r} was given")
+    if answer is not None and kwargs.get('continue_final_message'): raise ValueError("an answer was given to a chat whose last message is the beginning of one: give one or the other")
     chat, continued = not isinstance(item, str), kwargs.get('continue_final_message', False)
     read = (lambda t: read_chat(t, item, **kwargs)) if chat else (lambda t: read_text(t, item))
     reading = read(self.receiver_tokenizer)
@@ -621,7 +637,42 @@ def _row(self:C2CProcessor,
     inside, s = [], 0
     numbers = dict(zip(column, sections))
     for c in range(width): s = numbers.get(c, s); inside.append(s)     # padding goes with the token before it
-    return _Row(ids, mask, sharer_ids, sharer_masks, pairing, wide, inside)
+    labels, extra = None, []
+    if answer is not None:                                       # it stands behind the prompt, one for one, and belongs to the last section
+        extra = _answer_ids(self.receiver_tokenizer, reading, answer, chat, end, {k: v for k, v in kwargs.items() if k != 'continue_final_message'})
+        labels, k = [-100]*width + extra, len(extra)
+        for j, table in enumerate(self.token_maps() if follow else [None]*sharers):
+            if sharer_ids[j] is None: continue
+            said = extra if table is None else table[torch.tensor(extra)].tolist()
+            if pairing[j] is None: sharer_ids[j], sharer_masks[j] = sharer_ids[j] + (said if follow else [_pad_id(self.sharer_tokenizers[j])]*k), sharer_masks[j] + [follow]*k
+            else:
+                pairing[j] = pairing[j] + (list(range(len(sharer_ids[j]), len(sharer_ids[j]) + k)) if follow else [-1]*k)
+                if follow: sharer_ids[j], sharer_masks[j] = sharer_ids[j] + said, sharer_masks[j] + [True]*k
+    return dict(input_ids=ids + extra, attention_mask=[int(m) for m in mask] + [1]*len(extra), sharer_input_ids=sharer_ids, sharer_attention_mask=[m if m is None else list(map(int, m)) for m in sharer_masks], pairing=pairing,
+        active=[sum(a << j for j, a in enumerate(row)) for row in wide.tolist()] + [0]*len(extra), sections=inside + inside[-1:]*len(extra), **({} if labels is None else dict(labels=labels)))
+
+# %% ../nbs/03_align.ipynb #def-pad
+@patch
+def pad(self:C2CProcessor,
+    rows:list[dict], # from `encode`, all with an answer or all without
+    device:str|torch.device|None=None, # where to put the tensors
+)->C2CBatch:
+    "Everything that `C2CModel` takes, padded on the left; with `labels` where there are answers."
+    left = lambda xs, pad: torch.tensor([[pad]*(max(map(len, xs)) - len(x)) + x for x in xs])
+    first, sharers, column = rows[0], range(len(self.aligners)), lambda name: [r[name] for r in rows]
+    each = lambda name, j: [r[name][j] for r in rows]
+    sharer_ids = [None if first['sharer_input_ids'][j] is None else left(each('sharer_input_ids', j), _pad_id(self.sharer_tokenizers[j])) for j in sharers]
+    sharer_masks = [None if first['sharer_input_ids'][j] is None else left(each('sharer_attention_mask', j), 0) for j in sharers]
+    pairing = []
+    for j in sharers:
+        if first['pairing'][j] is None: pairing.append(None); continue
+        shift = torch.tensor([[sharer_ids[j].shape[1] - len(ids)] for ids in each('sharer_input_ids', j)])     # their rows are padded on the left too
+        p = left(each('pairing', j), -1)
+        pairing.append(torch.where(p < 0, p, p + shift))
+    active = left(column('active'), 0)[..., None] >> torch.arange(len(self.aligners)) & 1 > 0
+    batch = C2CBatch(dict(input_ids=left(column('input_ids'), _pad_id(self.receiver_tokenizer)), attention_mask=left(column('attention_mask'), 0), sharer_input_ids=sharer_ids, sharer_attention_mask=sharer_masks,
+        active=active, sections=left(column('sections'), 0), pairing=pairing, **(dict(labels=left(column('labels'), -100)) if 'labels' in first else {})))
+    return batch if device is None else batch.to(device)
 
 # %% ../nbs/03_align.ipynb #def-items
 def _items(texts_or_chats)->list:
@@ -646,6 +697,9 @@ def __call__(self:C2CProcessor,
     add_generation_prompt:bool=True, # chats end with the beginning of an answer
     continue_final_message:bool=False, # the last message of each chat is the beginning of an answer, which is not fused
     device:str|torch.device|None=None, # where to put the tensors
+    answers:str|list|None=None, # to train: what is to be said, one for each text or chat; the batch then has `labels`
+    end:bool=True, # that an answer is over is learned too
+    follow:bool=False, # to train a model that follows the response: sharers read the answers too
     **template_kwargs, # for all chat templates; `enable_thinking=False` unless given
 )->C2CBatch:
     """Everything that `C2CModel` takes, padded on the left.
@@ -654,22 +708,9 @@ def __call__(self:C2CProcessor,
     items = _items(texts_or_chats)
     kwargs = {} if isinstance(items[0], str) else dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, **template_kwargs)
     if isinstance(items[0], str) and (continue_final_message or template_kwargs): raise ValueError(f"{', '.join([*template_kwargs, *['continue_final_message']*continue_final_message])} is for chats, texts were given")
-    rows = [self._row(item, **kwargs) for item in items]
-    left = lambda xs, pad: torch.tensor([[pad]*(max(map(len, xs)) - len(x)) + x for x in xs])
-    sharers = range(len(self.aligners))
-    sharer_ids = [None if rows[0].sharer_ids[j] is None else left([r.sharer_ids[j] for r in rows], _pad_id(self.sharer_tokenizers[j])) for j in sharers]
-    sharer_masks = [None if rows[0].sharer_ids[j] is None else left([r.sharer_masks[j] for r in rows], False).long() for j in sharers]
-    pairing = []
-    for j in sharers:
-        if rows[0].pairing[j] is None: pairing.append(None); continue
-        shift = torch.tensor([[sharer_ids[j].shape[1] - len(r.sharer_ids[j])] for r in rows])     # their rows are padded on the left too
-        p = left([r.pairing[j] for r in rows], -1)
-        pairing.append(torch.where(p < 0, p, p + shift))
-    width = max(len(r.ids) for r in rows)
-    active = torch.stack([torch.cat([r.active.new_zeros(width - len(r.ids), len(sharers)), r.active]) for r in rows])
-    batch = C2CBatch(dict(input_ids=left([r.ids for r in rows], _pad_id(self.receiver_tokenizer)), attention_mask=left([r.mask for r in rows], False).long(),
-        sharer_input_ids=sharer_ids, sharer_attention_mask=sharer_masks, active=active, sections=left([r.sections for r in rows], 0), pairing=pairing))
-    return batch if device is None else batch.to(device)
+    answers = [None]*len(items) if answers is None else [answers] if isinstance(answers, str) else list(answers)
+    if len(answers) != len(items) or len({a is None for a in answers}) > 1: raise ValueError(f"{sum(a is not None for a in answers)} answers were given for {len(items)} prompts: give one for each")
+    return self.pad([self.encode(item, answer, end, follow, **kwargs) for item, answer in zip(items, answers)], device)
 
 # %% ../nbs/03_align.ipynb #def-decode
 @patch
