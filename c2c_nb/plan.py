@@ -7,7 +7,7 @@ __all__ = ['Cut', 'Plan', 'FusedCache', 'continue_cache', 'common_columns', 'che
            'repeat_plan']
 
 # %% ../nbs/03b_plan.ipynb #plan-imports
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,14 @@ class Plan:
     longest:int # largest position id of the receiver plus one
     gates:list # `Fuser.open_gates` of each fuser; None where they are tossed
     follows:Tensor|None=None # (b, sharers) bool, on the CPU: who is fused in what follows; None: nobody
+    supervised:Tensor|None=None # (2, n) on the CPU: rows and columns whose next token is a label
+
+    def to(self,
+        device:str|torch.device, # of the receiver; what the sharers read is on theirs
+    )->'Plan':
+        "The same plan with the receiver's tensors on its device. A batch can so be planned on the CPU, while the device is busy."
+        send = lambda x: x if x is None else x.to(device, non_blocking=True)
+        return replace(self, **{k: send(getattr(self, k)) for k in ('ids', 'mask', 'position_ids', 'labels')})
 
 # %% ../nbs/03b_plan.ipynb #def-sections-of
 def _sections_of(
@@ -407,8 +415,9 @@ def make_plan(
         if need: _check_holes(f'sharer {j}', sound if answer is None else F.pad(sound, (0, 1), value=True), sharer.config, window=pair is not None)     # an answer that is followed makes holes of padding at the end
         for name, x in dict(sharer_ids=ids.masked_fill(~send(sound), 0).to(sharer.device), sharer_masks=mask(sound, sharer.device), sharer_position_ids=send(positions, sharer.device),
             pairing=None if pair is None else send(pair, sharer.device), need=need).items(): reads[name].append(x)
-    return Plan(ids=input_ids.gather(1, where), mask=mask(real), position_ids=send(own), **reads, labels=None if labels is None else labels.gather(1, where).masked_fill(~send(real), -100),
-        cuts=cuts, answer=answer, last=last[:, 0], longest=int(own.max()) + 1, gates=gates, follows=follows)
+    targets = None if labels is None else labels.gather(1, where).masked_fill(~send(real), -100)
+    return Plan(ids=input_ids.gather(1, where), mask=mask(real), position_ids=send(own), **reads, labels=targets,
+        cuts=cuts, answer=answer, last=last[:, 0], longest=int(own.max()) + 1, gates=gates, follows=follows, supervised=None if targets is None else (targets[:, 1:].cpu() != -100).nonzero().T)
 
 # %% ../nbs/03b_plan.ipynb #def-extend-plan
 def extend_plan(
