@@ -19,12 +19,12 @@ import random
 import re
 import string
 import warnings
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from importlib import import_module
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from datasets.fingerprint import Hasher
 from fastcore.basics import patch
 
 # %% ../nbs/06_data.ipynb #def-sample
@@ -387,6 +387,22 @@ def open(self:ChatData, **builder_args)->Dataset|IterableDataset:
     except DatasetGenerationError as e: raise ValueError(f"{self.where()} cannot be read: {e.__cause__ or e}") from e
     except StopIteration as e: raise ValueError(f"{self.where()} is empty") from e
 
+# %% ../nbs/06_data.ipynb #def-code-of
+def _code_of(
+    f, # a function without a file
+    seen:tuple=(), # functions that are being looked at
+)->list: # texts and numbers, the same in every process
+    "What a function does, with the functions and constants that it uses from its own module."
+    plain = lambda x: sorted(map(repr, x)) if isinstance(x, frozenset) else [walk(x)] if inspect.iscode(x) else repr(x) if isinstance(x, (str, int, float, bytes, tuple, type(None))) else type(x).__name__
+    def walk(code): return [code.co_code.hex(), code.co_names, code.co_varnames, [plain(c) for c in code.co_consts]]
+    def names(code): return {*code.co_names, *(n for c in code.co_consts if inspect.iscode(c) for n in names(c))}
+    used = {}
+    for name in sorted(names(f.__code__) & f.__globals__.keys()):
+        x = f.__globals__[name]
+        if inspect.isfunction(x) and x.__module__ == f.__module__ and x not in (*seen, f): used[name] = _code_of(x, (*seen, f))
+        elif isinstance(x, (str, int, float, bool, list, dict, tuple)): used[name] = repr(x)
+    return [walk(f.__code__), repr(f.__defaults__), used]
+
 # %% ../nbs/06_data.ipynb #def-code-key
 def _code_key(
     cls:type, # a subclass of `ChatData`
@@ -397,11 +413,11 @@ def _code_key(
         for name, f in vars(c).items():
             f = inspect.unwrap(getattr(f, 'fget', None) or getattr(f, '__func__', f))
             if not inspect.isfunction(f) or name.startswith('__'): continue
-            file = f.__code__.co_filename
-            if os.path.isfile(file): parts[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-            else: parts[f'{c.__qualname__}.{name}'] = Hasher.hash(f)
+            file = Path(f.__code__.co_filename)
+            if file.is_file(): parts[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            else: parts[f'{c.__qualname__}.{name}'] = _code_of(f)
         parts[c.__qualname__] = {n: v for n, v in vars(c).items() if isinstance(v, (str, int, float, bool, dict, list, tuple)) and not n.startswith('_')}
-    return Hasher.hash(json.dumps({Path(k).name if os.sep in k else k: v for k, v in parts.items()}, sort_keys=True, default=str))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../nbs/06_data.ipynb #data-what
 _what = dict(
@@ -424,7 +440,9 @@ def _check_prompt(
 class _Maker:
     "Batches of rows to batches of samples or questions. Pickled, and so hashed, as what decides the outcome."
     def __init__(self, data, what, report=None): self.data, self.what, self.report, self.key = data, what, report, _code_key(type(data))
-    def __reduce__(self): return _remake, (type(self.data).__name__, json.dumps({f.name: getattr(self.data, f.name) for f in fields(self.data)}, default=str), self.what, self.key)
+    def __reduce__(self):
+        args = {f.name: getattr(self.data, f.name) for f in fields(self.data)}
+        return import_module('c2c_nb.data')._remake, (type(self.data).__name__, json.dumps(args, default=str), self.what, self.report is not None, self.key)
 
     def one(self, row):
         "What one row gives, as dicts."
@@ -458,7 +476,7 @@ class _Maker:
         return {n: [x.get(n) for x in out] for n in names}
 
 # %% ../nbs/06_data.ipynb #def-remake
-def _remake(name, args, what, key): "A `_Maker` in another process."; return _Maker(get_dataset(name)(**json.loads(args)), what)
+def _remake(name, args, what, streaming, key): "A `_Maker` in another process."; return _Maker(get_dataset(name)(**json.loads(args)), what, Report() if streaming else None)
 
 # %% ../nbs/06_data.ipynb #def-usable
 def _usable(data, report):
@@ -847,7 +865,8 @@ def open(self:Toy):
     pools = {s: world.questions(s, self.split) for s in self.skills or world.skills}
     for s, pool in pools.items(): random.Random(f'{s} {self.seed}').shuffle(pool)
     options = {s: sorted({e.answer for e in pool}) for s, pool in pools.items()}
-    rows = Dataset.from_list([dict(prompt=e.prompt, answer=e.answer, skill=s, options=options[s]) for es in zip(*pools.values()) for s, e in zip(pools, es)])
+    turns = [(s, e) for es in zip(*pools.values()) for s, e in zip(pools, es)][:self.limit]
+    rows = Dataset.from_dict(dict(prompt=[e.prompt for _, e in turns], answer=[e.answer for _, e in turns], skill=[s for s, _ in turns], options=[options[s] for s, _ in turns]))
     return rows.to_iterable_dataset() if self.streaming else rows
 
 # %% ../nbs/06_data.ipynb #def-toy-where
