@@ -29,6 +29,7 @@ setup(
         *[f'Programming Language :: Python :: {v}' for v in ('3.11', '3.12', '3.13')],
     ],
     packages=find_packages(include=[lib, f'{lib}.*']),
+    package_data={lib: ['recipes/*.yaml']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
