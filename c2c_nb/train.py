@@ -24,12 +24,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from transformers import get_scheduler
 
 from .batch import Batches, StreamBatches, encode_samples
 from .checkpoint import clean_partial, find_checkpoint, list_checkpoints, load_tree, replace_file, save_tree, write_checkpoint
 from .data import load_questions, load_samples, make_data
-from .recipe import TrainRecipe, differences, recipe_from_dict
+from .recipe import MEASURED, TrainRecipe, accumulation, differences, make_scheduler, recipe_from_dict
 from .task import FuserTask, Task
 
 # %% ../nbs/07_train.ipynb #def-bite-seed
@@ -101,7 +100,7 @@ class Trainer:
         task:Task|None=None, # what is trained; None: what the recipe says
         progress:bool=True, # show progress bars
     ):
-        recipe.check()
+        given, recipe = recipe.check(resume or force), recipe.expanded()
         self.recipe, self.progress, t = recipe, progress, recipe.training
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
         several = recipe.model is not None and (t.sharer_dropout > 0 or t.gates.noise is None or 'fuser' in t.freeze)     # not every parameter has a gradient in every step
@@ -113,9 +112,9 @@ class Trainer:
         with self.acc.main_process_first(): rows, self.held_out, self.reports = load_data(recipe, task)
         self.questions = load_questions_of(recipe)
         make = StreamBatches if callable(rows) else Batches
-        self.batches = make(rows, t.batch_size, t.global_batch or t.batch_size*t.accumulation*self.world, self.world, self.rank, t.seed, t.bucket)
+        self.batches = make(rows, t.batch_size, t.batch_size*self.world*accumulation(recipe, self.world), self.world, self.rank, t.seed, t.bucket)
         self.steps = t.steps or math.ceil(t.epochs*self.batches.steps_per_epoch)
-        self.identity = dict(recipe=recipe.to_dict(), data=getattr(self.reports['samples'], 'fingerprint', None), processes=self.world, rows_of_a_step=self.batches.size)
+        self.identity = dict(recipe=given.to_dict(), data=getattr(self.reports['samples'], 'fingerprint', None), processes=self.world, rows_of_a_step=self.batches.size)
         self.step, self.seconds, self.tokens, self.best, self.since, self.stopped = 0, 0., 0, None, 0, False
         self.losses, self.norms, self.resume, self.force = [], [], resume, force
 
@@ -147,8 +146,8 @@ def start(self:Trainer):
     adamw = torch.optim.AdamW(task.groups(), lr=t.learning_rate, betas=tuple(t.betas), eps=t.eps, weight_decay=t.weight_decay, fused=True)
     self.model, self.opt = self.acc.prepare(task.model, adamw)
     self.params = [p for g in self.opt.param_groups for p in g['params']]
-    self.schedule = get_scheduler(t.scheduler, adamw, int(t.warmup_ratio*self.steps), self.steps, t.scheduler_args or None)
-    self.fed = t.scheduler in ('reduce_lr_on_plateau', 'greedy')            # schedules that look at a loss
+    self.schedule = make_scheduler(t, adamw, self.steps)
+    self.fed = t.scheduler in MEASURED                           # schedules that look at a loss
     self.watch = [self.held_out[i] for i in range(min(8, len(self.held_out)))]
     task.watch = self.watch
     if self.main:
@@ -157,7 +156,7 @@ def start(self:Trainer):
         clean_partial(self.points)
     self.acc.wait_for_everyone()
     if self.resume: self._resume()
-    if self.main: replace_file(self.folder/'recipe.yaml', self.recipe.to_yaml()); _truncate(self.folder/'log.jsonl', self.step)
+    if self.main: replace_file(self.folder/'recipe.yaml', recipe_from_dict(self.identity['recipe']).to_yaml()); _truncate(self.folder/'log.jsonl', self.step)
     if self.recipe.output.trackers: self.acc.init_trackers(self.recipe.output.project or 'c2c_nb', config=_flat(self.recipe.to_dict()), init_kwargs=self.recipe.output.tracker_args)
     return self
 
@@ -340,7 +339,7 @@ def _validate(self:Trainer)->bool: # is it the best so far?
 def provenance(self:Trainer)->dict:
     "Where these weights come from, for the fuser's config and its card."
     r, data = self.recipe, make_data(self.recipe.data.type, self.recipe.data.args)
-    return dict(recipe=r.to_dict(), steps=self.step, of_steps=self.steps, seed=r.training.seed, datasets=[n for n in [data.path or getattr(data, 'hub', None)] if n], data_fingerprint=self.identity['data'], rows=self.reports['samples'].kept, versions=_versions(),
+    return dict(recipe=self.identity['recipe'], steps=self.step, of_steps=self.steps, seed=r.training.seed, datasets=[n for n in [data.path or getattr(data, 'hub', None)] if n], data_fingerprint=self.identity['data'], rows=self.reports['samples'].kept, versions=_versions(),
         **({'validation': self.best} if self.best else {}))
 
 @patch
