@@ -20,15 +20,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import torch
 from datasets import Dataset, IterableDataset
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .align import load_tokenizer, read_chat, read_text
 from .data import ChatData, Report, load_samples, make_data
-from .fuser import model_facts
 
 # %% ../nbs/06b_answers.ipynb #def-sampling
 @dataclass
@@ -212,16 +208,19 @@ def answers(self:Server,
 @dataclass
 class LocalModel:
     "A causal language model with its tokenizer. Leaves mode and random state as they were."
-    model:PreTrainedModel
-    tokenizer:object
+    model:object # of transformers
+    tokenizer:object # its own
     batch_size:int=16 # prompts side by side
     pool:int=16 # batches that are sorted by length together
-    def facts(self)->dict: return dict(model=self.model.name_or_path or type(self.model).__name__, fingerprint=model_facts(self.model)['weights'])
+    def facts(self)->dict:
+        from c2c_nb.fuser import model_facts                     # heavy imports stand where they are needed: a run against a server does without
+        return dict(model=self.model.name_or_path or type(self.model).__name__, fingerprint=model_facts(self.model)['weights'])
 
 # %% ../nbs/06b_answers.ipynb #def-localmodel-read
 @patch
 def _read(self:LocalModel, prompt, sampling):
     "Ids of a prompt. Raises `Unanswered` for one that the template refuses or that is too long."
+    from c2c_nb.align import read_chat, read_text
     try:
         if getattr(self.tokenizer, 'chat_template', None): ids = read_chat(self.tokenizer, prompt.chat, enable_thinking=bool(sampling.thinking)).ids
         elif isinstance(prompt.prompt, str): ids = read_text(self.tokenizer, prompt.prompt).ids
@@ -240,6 +239,8 @@ def generate(self:LocalModel,
     seed:int=0, # of the draws
 )->list[Answer]:
     "Answers to one batch of prompts."
+    import torch
+    from transformers import GenerationConfig
     tokenizer, model, known = self.tokenizer, self.model, self.model.generation_config
     width, ends = max(map(len, rows)), known.eos_token_id if known is not None else None
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -395,7 +396,10 @@ def make_answers(
     how, prompts = Sampling(**sampling), make_data(data, data_args)
     prompts.check()
     if base_url: return generate_answers(prompts, Server(base_url, model, key_env, concurrency), out, how, system, progress)
-    load_samples(prompts)                                          # `datasets` keeps them: errors come first, at no cost
+    load_samples(prompts)                                        # `datasets` keeps them: errors come first, at no cost
+    import torch
+    from transformers import AutoModelForCausalLM
+    from c2c_nb.align import load_tokenizer
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     local = LocalModel(AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device), load_tokenizer(model), batch_size)
     return generate_answers(prompts, local, out, how, system, progress)
