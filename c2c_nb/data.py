@@ -23,6 +23,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from fastcore.basics import patch
+from pyarrow import ArrowInvalid
 
 # %% ../nbs/06_data.ipynb #def-sample
 @dataclass
@@ -386,7 +387,9 @@ def open(self:ChatData, **builder_args)->Dataset|IterableDataset:
     except (DatasetNotFoundError, ConnectionError) as e:
         raise (ConnectionError if isinstance(e, ConnectionError) else FileNotFoundError)(f"{self.where()} cannot be had from the hub: {e}. Check name and connection, or give data_files=... with a copy of its files") from e
     except DatasetGenerationError as e: raise ValueError(f"{self.where()} cannot be read: {e.__cause__ or e}") from e
-    except StopIteration as e: raise ValueError(f"{self.where()} is empty") from e
+    except (StopIteration, ValueError) as e:
+        if isinstance(e, ValueError) and 'corresponds to no data' not in str(e): raise
+        raise ValueError(f"{self.where()} is empty") from e
 
 # %% ../nbs/06_data.ipynb #def-code-of
 def _code_of(
@@ -494,7 +497,10 @@ def _load(
     if source is None: source = data.open()
     elif isinstance(source, list): source = Dataset.from_list(source)
     if data.limit is not None: source = source.take(data.limit)
-    first = list(source.take(20))
+    try: first = list(source.take(20))
+    except (ArrowInvalid, StopIteration, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not isinstance(e.__cause__, StopIteration): raise
+        raise ValueError(f"{data.where()} cannot be read: {e}" if isinstance(e, ArrowInvalid) else f"{data.where()} is empty") from e
     if not first: raise ValueError(f"{data.where()} has no rows")
     names = source.column_names or list(first[0])
     data = data.settle(first)
