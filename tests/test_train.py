@@ -11,6 +11,7 @@ from c2c_nb.data import load_samples, make_data
 from c2c_nb.model import C2CModel, plain_head
 from c2c_nb.fuser import Fuser
 from c2c_nb.projector import C2CProjector
+from c2c_nb.train import Trainer, read_log, train
 
 from test_parity import close, cuts_of, golden_model, gradients, models, read_json, training_batch, trainings
 from safetensors.torch import load_file
@@ -189,3 +190,238 @@ def test_a_finished_run_stays_as_it_is(whole):
     again = run(recipe(folder, sharers=2), resume=True)
     assert_same(outcome(folder), before)
     assert again.summary['steps'] == 6
+
+
+# ---------------------------------------------------------------- what stays as it was (contracts 5 and 8)
+
+def state_of(m): return {n: p.clone() for n, p in [*m.named_parameters(), *m.named_buffers()]}
+
+
+@pytest.mark.parametrize('broken', [False, True])
+def test_nothing_else_changes(tmp_path, broken):
+    "Models, their modes, random numbers and gradient mode are as before a run, also one that raises in the middle."
+    given = [model('receiver'), model('llama'), model('qwen2')]
+    before, modes = [state_of(m) for m in given], [[x.training for x in m.modules()] for m in given]
+    torch.manual_seed(5); random.seed(5)
+    dice, python, threads = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    if broken:
+        with pytest.raises(Stopped): run(recipe(tmp_path, sharers=2), stop_before=4)
+    else:
+        it = run(recipe(tmp_path, sharers=2))
+        assert not it.task.c2c.training and not any(f.training for f in it.task.c2c.fusers)
+        for f in it.task.c2c.fusers: assert all(p.requires_grad for p in f.parameters())
+    assert torch.equal(torch.get_rng_state(), dice) and random.getstate() == python and torch.is_grad_enabled() and torch.get_num_threads() == threads
+    for m, old, mode in zip(given, before, modes):
+        now = state_of(m)
+        assert now.keys() == old.keys() and all(torch.equal(x, old[n]) for n, x in now.items())
+        assert [x.training for x in m.modules()] == mode
+        assert not any(p.requires_grad or p.grad is not None for p in m.parameters())
+        assert not any(x._forward_hooks or x._forward_pre_hooks or x._backward_hooks for x in m.modules())
+
+
+def test_fusers_change(whole):
+    "Or the tests above would show nothing: every parameter of every fuser is trained, by a step that is not the same for all."
+    folder, it, _ = whole
+    fresh = task(recipe(folder, sharers=2))
+    fresh.load()
+    for old, new in zip(fresh.c2c.fusers, it.task.c2c.fusers):
+        for (name, a), b in zip(old.named_parameters(), new.parameters()): assert not torch.equal(a, b), name
+
+
+# ---------------------------------------------------------------- refusals
+
+def files_of(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
+
+
+@pytest.fixture
+def begun(tmp_path):
+    "A run that stopped after four of six steps."
+    with pytest.raises(Stopped): run(recipe(tmp_path), stop_before=4)
+    return tmp_path
+
+
+@pytest.mark.parametrize('change, named', [('training.learning_rate=1e-3', r'training.learning_rate: 0.003 -> 0.001'), ('data.args.seed=1', r'data.args.seed: not given -> 1'), ('model.projector.args.hidden_dim=9', 'hidden_dim: 8 -> 9'),
+    ('training.accumulation=1', r'(?s)training.accumulation: 2 -> 1.*rows_of_a_step: 6 -> 3'), ('model.alignment=first', 'model.alignment: null -> "first"')])
+def test_another_recipe_is_not_resumed(begun, change, named):
+    before = files_of(begun)
+    with pytest.raises(ValueError, match=named) as caught: run(recipe(begun, change), resume=True)
+    assert 'step-00000004' in str(caught.value) and 'nothing was changed' in str(caught.value) and 'force' in str(caught.value)
+    assert files_of(begun) == before
+
+
+def test_other_data_are_not_resumed(begun, monkeypatch):
+    "The recipe is the same, what the data set gives is not."
+    before = files_of(begun)
+    monkeypatch.setattr(TinyChats, 'samples', lambda self, row: self.from_chat([dict(m, content=m['content'] + ' old') for m in row['chat']]))
+    with pytest.raises(ValueError, match=r'data: \w{16} -> \w{16}'): run(recipe(begun), resume=True)
+    assert files_of(begun) == before
+
+
+def test_other_models_are_not_resumed(begun):
+    before = files_of(begun)
+    other = task(recipe(begun))
+    other.models = [model('receiver'), model('llama', seed=1)]
+    with pytest.raises(ValueError, match=r'models: .*sharer 0.* -> .*sharer 0'): Trainer(recipe(begun), True, False, other, progress=False).start()
+    assert files_of(begun) == before
+    with pytest.raises(ValueError, match='models'): Trainer(recipe(begun), True, False, other, progress=False).start()
+    forced = Trainer(recipe(begun), True, True, other, progress=False).start()
+    assert forced.step == 4
+
+
+def test_another_number_of_processes_is_not_resumed(begun):
+    before = files_of(begun)
+    it = Trainer(recipe(begun), True, False, task(recipe(begun)), progress=False)
+    it.identity['processes'] = 2
+    with pytest.raises(ValueError, match='processes: 1 -> 2'): it.start()
+    assert files_of(begun) == before
+
+
+@pytest.mark.parametrize('change', ['output.save_every=1', 'output.log_every=2', 'training.workers=2', 'name=another'])
+def test_what_may_change(begun, change):
+    it = start(recipe(begun, change), resume=True)
+    assert it.step == 4
+
+
+def test_force_goes_on_all_the_same(begun):
+    it = run(recipe(begun, 'training.learning_rate=1e-3'), resume=True, force=True)
+    assert it.step == it.summary['steps'] == 6 and it.summary['of_steps'] == 6
+    log = [json.loads(line) for line in (begun/'log.jsonl').read_text().splitlines()]
+    assert [r['step'] for r in log if 'loss' in r] == [1, 2, 3, 4, 5, 6] and log[-2]['lr'] < 1e-3
+
+
+def test_a_folder_with_a_run_in_it(begun):
+    "It is neither overwritten nor gone on with unless somebody says so."
+    before = files_of(begun)
+    with pytest.raises(FileExistsError, match=r'holds a run already \(up to step 4\): go on with it \(resume\).*\(force\)'): run(recipe(begun))
+    with pytest.raises(ValueError, match='different run'): run(recipe(begun, 'training.seed=1'))
+    assert files_of(begun) == before
+    it = run(recipe(begun, 'training.seed=1'), force=True)
+    assert [r['step'] for r in map(json.loads, (begun/'log.jsonl').read_text().splitlines()) if 'loss' in r] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(FileExistsError): run(recipe(begun, 'training.seed=1'))
+
+
+def test_resume_without_a_run(tmp_path): assert run(recipe(tmp_path, 'training.steps=1'), resume=True).step == 1
+
+
+# ---------------------------------------------------------------- what goes wrong on the way
+
+def finite(checkpoint):
+    fuser = Fuser.from_pretrained(checkpoint/'fuser')
+    return all(torch.isfinite(p).all() for p in fuser.parameters())
+
+
+@pytest.mark.parametrize('what', ['loss', 'gradient'])
+def test_no_number(tmp_path, what):
+    "Step 5 is not finite: it is named, the checkpoint of step 4 is good, and nothing after it was saved."
+    made = recipe(tmp_path, 'output.log_every=3')
+    it = start(made)
+    go_on = it.task.model.forward
+    def spoiled(inputs):
+        loss = go_on(inputs)
+        if it.step != 4: return loss
+        if what == 'loss': return loss*math.inf
+        loss.register_hook(lambda g: g*math.nan)
+        return loss
+    it.task.model.forward = spoiled
+    with pytest.raises(FloatingPointError, match=rf'(?s)the {what} of step 5 is (inf|nan).*The last good checkpoint is .*step-00000004') as caught: it.fit()
+    assert 'learning_rate' in str(caught.value)
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step-00000003', 'step-00000004'] and finite(tmp_path/'checkpoints'/'step-00000004')
+    assert not (tmp_path/'summary.json').exists() and not (tmp_path/'fuser').exists()
+    clean = recipe(tmp_path/'clean')
+    run(clean); run(made, resume=True)
+    assert (tmp_path/'fuser'/'model.safetensors').read_bytes() == (tmp_path/'clean'/'fuser'/'model.safetensors').read_bytes()
+
+
+def test_a_sharer_with_infinite_weights(tmp_path):
+    made = recipe(tmp_path)
+    it = task(made, fresh=True)
+    it.models[1].model.layers[0].self_attn.v_proj.weight.data.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match='the loss of step 1 is nan.*There is no checkpoint yet'): Trainer(made, task=it, progress=False).start().fit()
+    assert not (tmp_path/'checkpoints').exists() or not list((tmp_path/'checkpoints').iterdir())
+
+
+def test_an_absurd_learning_rate(tmp_path):
+    made = recipe(tmp_path, 'training.learning_rate=1e30', 'training.scheduler=constant', 'output.save_every=1')
+    with pytest.raises(FloatingPointError, match='step [2-6]'): run(made)
+    for p in (tmp_path/'checkpoints').iterdir(): assert finite(p)
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    "The checkpoint of step 4 does not fit: that of step 3, which is the best so far, stays, the message says what to do, and with space it goes on to the same weights."
+    made = recipe(tmp_path)
+    from c2c_nb import checkpoint
+    save_file = checkpoint.save_file
+    def full(tensors, file, **kwargs):
+        if 'step-00000004' in str(file): raise OSError(28, 'No space left on device', str(file))
+        save_file(tensors, file, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'save_file', full)
+        with pytest.raises(OSError, match=r'no room for the checkpoint of step 4.*checkpoints up to step-00000003 are as they were.*Free some space'): run(made)
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step-00000002', 'step-00000003'] and finite(tmp_path/'checkpoints'/'step-00000003')
+    run(made, resume=True); run(recipe(tmp_path/'clean'))
+    assert_same(outcome(tmp_path), outcome(tmp_path/'clean'))
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    with pytest.raises(Stopped): run(recipe(tmp_path), stop_before=5)
+    (tmp_path/'checkpoints'/'step-00000004'/'optimizer.safetensors').write_bytes(b'')
+    with pytest.warns(UserWarning, match='passed over 1 damaged checkpoint, step-00000003 is the newest good one'): it = run(recipe(tmp_path), resume=True)
+    run(recipe(tmp_path/'clean'))
+    assert_same(outcome(tmp_path), outcome(tmp_path/'clean'))
+
+
+# ---------------------------------------------------------------- bad input is told before a model is loaded
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+    "A receiver and a sharer as folders, a fuser for them and one for others."
+    root = tmp_path_factory.mktemp('models')
+    for role, t in ('receiver', 'one'), ('llama', 'two'), ('qwen2', 'one'): model(role).save_pretrained(root/role); tokenizer(t).save_pretrained(root/role)
+    Fuser.from_models(model('receiver'), model('llama'), hidden_dim=8).save_pretrained(root/'fuser')
+    Fuser.from_models(model('llama'), model('receiver'), hidden_dim=8).save_pretrained(root/'other')
+    (root/'turns.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=w)])) for w in 'abc'))
+    (root/'empty.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=w), dict(role='assistant', content=' ')])) for w in 'abc'))
+    (root/'good.jsonl').write_text('\n'.join(json.dumps(dict(messages=[dict(role='user', content=w), dict(role='assistant', content=w)])) for w in 'abcdef'))
+    return root
+
+
+bad = {
+    'a missing file': (['data.type=Chats', 'data.args={data_files: ROOT/god.jsonl}'], r"there is no file .*god.jsonl.*did you mean 'good.jsonl'"),
+    'an unknown data set': (['data.type=TinyChat'], "data: there is no data set called 'TinyChat'; did you mean 'TinyChats'"),
+    'an unknown argument of a data set': (['data.args={row: 4}'], "there is no argument 'row'; did you mean 'rows'"),
+    'an unknown projector': (['model.projector.type=C2CProjecter'], "model.projector.type: .*C2CProjecter.*did you mean 'C2CProjector'|model.projector.type: .*C2CProjecter.*C2CProjector"),
+    'an unknown scheduler': (['training.scheduler=cosin'], "training.scheduler is 'cosin'; did you mean 'cosine'"),
+    'a layer map with too few layers': (['model.layer_map=[0, 1]'], 'the layer map has 2 entries, the receiver has 3 layers'),
+    'a layer map that names layers there are not': (['model.layer_map=[0, 1, 2]'], r'the layer map names sharer layers \[2\], but the sharer has 2 layers'),
+    'a fuser for other models': (['model.fusers=[ROOT/other]'], 'the fuser for .*llama is made for a receiver of'),
+    'a model that is not there': (['model.receiver=ROOT/recever'], 'model.receiver is .*recever.*no such folder'),
+    'a folder that is no model': (['model.sharers=[ROOT/fuser]'], None),
+    'an alignment that these tokenizers do not have': (['model.alignment=shared'], "sharer 0 cannot read the receiver's ids"),
+    'data without answers': (['data.type=Chats', 'data.args={data_files: ROOT/turns.jsonl}'], 'none of the rows of .*turns.jsonl can be used.*3 left out'),
+    'no usable row': (['data.type=Chats', 'data.args={data_files: ROOT/empty.jsonl}'], 'none of the rows of .*empty.jsonl can be used.*3 left out'),
+    'no row that is short enough': (['training.max_length=4'], r'(?s)none of the samples can be encoded.*the prompt leaves no room for an answer within 4 tokens'),
+    'questions that are not there': (['validation.data={type: Chats, args: {data_files: ROOT/god.jsonl}}'], r"validation.data: there is no file"),
+    'questions without options': (['validation.data={type: TinyChats}'], 'TinyChats has no multiple choice questions'),
+    'a fuser to train that is frozen': (['training.freeze=[receiver, sharer, fuser]'], 'nothing to train'),
+    'a store for rows that change': (['training.store=STORE', 'model.follow_response=true'], 'training.store'),
+    'a stream without an end': (['data.args={streaming: true}', 'training.steps=null'], 'training.steps'),
+}
+
+
+@pytest.mark.parametrize('case', bad)
+def test_bad_input(folders, tmp_path, monkeypatch, case):
+    changes, message = bad[case]
+    monkeypatch.setattr('c2c_nb.task.AutoModelForCausalLM.from_pretrained', lambda *args, **kwargs: pytest.fail('a model was loaded'))
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path/'cache')
+    made = recipe(tmp_path/'run', f'model.receiver={folders}/receiver', f'model.sharers=[{folders}/llama]', *(c.replace('ROOT', str(folders)).replace('STORE', str(tmp_path/'store')) for c in changes))
+    with pytest.raises((ValueError, FileNotFoundError), match=message): train(made, progress=False)
+    assert not (tmp_path/'run').exists()
+
+
+def test_good_input(folders, tmp_path, monkeypatch):
+    "The same recipe without a fault trains, from folders; and a fuser is gone on with."
+    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path/'cache')
+    made = recipe(tmp_path/'run', f'model.receiver={folders}/receiver', f'model.sharers=[{folders}/llama]', f'model.fusers=[{folders}/fuser]', 'data.type=Chats', f'data.args={{data_files: {folders}/good.jsonl}}', 'training.steps=2')
+    it = train(made, progress=False)
+    assert it.summary['steps'] == 2 and it.task.c2c.fusers[0].config.projector_args == dict(hidden_dim=8)
+    C2CModel.from_pretrained(tmp_path/'run'/'fuser')
