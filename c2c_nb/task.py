@@ -166,6 +166,7 @@ class FuserTask(Task):
         if 'sharer' not in t.freeze: raise ValueError(f"training.freeze is {t.freeze}: a sharer is always frozen, since it is read without a gradient; add 'sharer', or train it with the recipe's `finetune`")
         self.learns_receiver = 'receiver' not in t.freeze
         if 'fuser' in t.freeze and not self.learns_receiver: raise ValueError(f"training.freeze is {t.freeze}: nothing is left to learn")
+        if t.store and (self.follow or self.learns_receiver): raise ValueError("training.store keeps what frozen models make of a prompt, which does not go with follow_response or a receiver that learns: leave it out")
         self.sources = None if models else sources(m)
         tokenizers = None if models else [s.tokenizer for s in self.sources]
         self.processor = processor or C2CProcessor(tokenizers[0], tokenizers[1:], m.alignment)
@@ -219,7 +220,6 @@ class FuserTask(Task):
     def prepare(self, rows, key, progress):
         t = self.recipe.training
         if not t.store: return
-        if self.follow or self.learns_receiver: raise ValueError("training.store keeps what frozen models make of a prompt, which does not go with follow_response or a receiver that learns: leave it out")
         if callable(rows): raise ValueError("training.store needs all rows beforehand, a stream has none: leave it out")
         self.store = Store(t.store, self.c2c, key)
         build_store(self.store, lambda part: self.inputs(part, -1)[0][0], rows, t.store_gb, progress=progress)
