@@ -54,6 +54,7 @@ def load_data(
     reports = dict(rows=read, samples=encoded)
     if data.streaming:
         if t.steps is None: raise ValueError("a stream has no end: say how many steps to train with training.steps")
+        if t.store: raise ValueError("training.store needs all rows beforehand, a stream has none: leave it out")
         n = HELD_OUT_OF_STREAM if v.share else 0
         held_out = [row for _, row in zip(range(n), rows)]
         def again(epoch):
