@@ -223,20 +223,23 @@ def fit(self:Trainer)->dict: # the summary
     devices = [self.acc.device] if self.acc.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), ThreadPoolExecutor(1) as thread:
         self.task.train(True)
-        clock = time.perf_counter()
-        while self.step < self.steps and not self.stopped:
-            bites = ahead.result() if ahead else self._bites(self.step)
-            ahead = thread.submit(self._bites, self.step + 1) if self.task.prefetch and self.step + 1 < self.steps else None
-            self.train_step(bites)
-            bar.update()
-            every = lambda n: bool(n) and self.step % n == 0 or self.step == self.steps
-            log, validate, save = every(o.log_every), every(v.every), every(o.save_every)
-            if log or validate or save: self.seconds += time.perf_counter() - clock; self._log(bar)
-            if validate: save = self._validate() and o.keep_best or save
-            if save: self._save()
-            if log or validate or save: clock = time.perf_counter()
-        if ahead: ahead.cancel()
-    bar.close()
+        try:
+            clock = time.perf_counter()
+            while self.step < self.steps and not self.stopped:
+                bites = ahead.result() if ahead else self._bites(self.step)
+                ahead = thread.submit(self._bites, self.step + 1) if self.task.prefetch and self.step + 1 < self.steps else None
+                self.train_step(bites)
+                bar.update()
+                every = lambda n: bool(n) and self.step % n == 0 or self.step == self.steps
+                log, validate, save = every(o.log_every), every(v.every), every(o.save_every)
+                if log or validate or save: self.seconds += time.perf_counter() - clock; self._log(bar)
+                if validate: save = self._validate() and o.keep_best or save
+                if save: self._save()
+                if log or validate or save: clock = time.perf_counter()
+        finally:
+            self.task.train(False)
+            if ahead: ahead.cancel()
+            bar.close()
     return self._finish()
 
 # %% ../nbs/07_train.ipynb #def-log
