@@ -179,7 +179,7 @@ class FuserTask(Task):
             fusers = [open_fuser(f) for f in m.fusers] if m.fusers else [Fuser.from_models(empty[0], s, m.projector.type, m.layer_map, m.key_space, **_projector_args(r)) for s in empty[1:]]
         for f, s, name in zip(fusers, geometries[1:], names[1:]):
             if f.receiver_geometry != geometries[0] or f.sharer_geometry.layers > s.layers: raise ValueError(f"the fuser for {name} is made for a receiver of {f.receiver_geometry} and a sharer of {f.sharer_geometry}, these are {geometries[0]} and {s}")
-        dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}.get(m.dtype) or getattr(empty[0].config, 'dtype', None) or torch.float32
+        dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}.get(m.dtype) or (self.models[0].dtype if self.models else getattr(empty[0].config, 'dtype', None)) or torch.float32
         return dict(receiver=f'{names[0]}: {geometries[0]}', **{f'sharer {j}': f'{n}: {g}' for j, (n, g) in enumerate(zip(names[1:], geometries[1:]))}, tokenizers=repr(self.processor),
             fusers=[f'{f.config.projector}, {sum(p.numel() for p in f.parameters()):,} parameters, layer map {f.layer_map}' for f in fusers], memory={k: round(v, 3) for k, v in memory(fusers, empty, r, dtype).items()})
 
