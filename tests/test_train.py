@@ -11,7 +11,7 @@ from c2c_nb.data import load_samples, make_data
 from c2c_nb.model import C2CModel, plain_head
 from c2c_nb.fuser import Fuser
 from c2c_nb.projector import C2CProjector
-from c2c_nb.train import Trainer, read_log, train
+from c2c_nb.train import Trainer, plot_run, read_log, train
 
 from test_parity import close, cuts_of, golden_model, gradients, models, read_json, training_batch, trainings
 from safetensors.torch import load_file
@@ -204,12 +204,17 @@ def test_nothing_else_changes(tmp_path, broken):
     before, modes = [state_of(m) for m in given], [[x.training for x in m.modules()] for m in given]
     torch.manual_seed(5); random.seed(5)
     dice, python, threads = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
+    it = start(recipe(tmp_path, sharers=2))
     if broken:
-        with pytest.raises(Stopped): run(recipe(tmp_path, sharers=2), stop_before=4)
-    else:
-        it = run(recipe(tmp_path, sharers=2))
-        assert not it.task.c2c.training and not any(f.training for f in it.task.c2c.fusers)
-        for f in it.task.c2c.fusers: assert all(p.requires_grad for p in f.parameters())
+        step = it.task.before_step
+        def fail(n, steps):
+            if n == 4: raise Stopped(n)
+            step(n, steps)
+        it.task.before_step = fail
+        with pytest.raises(Stopped): it.fit()
+    else: it.fit()
+    assert not it.task.model.training and not it.task.c2c.training and not any(m.training for m in it.task.c2c.fusers.modules())
+    assert all(p.requires_grad for p in it.task.c2c.fusers.parameters())
     assert torch.equal(torch.get_rng_state(), dice) and random.getstate() == python and torch.is_grad_enabled() and torch.get_num_threads() == threads
     for m, old, mode in zip(given, before, modes):
         now = state_of(m)
@@ -425,3 +430,204 @@ def test_good_input(folders, tmp_path, monkeypatch):
     it = train(made, progress=False)
     assert it.summary['steps'] == 2 and it.task.c2c.fusers[0].config.projector_args == dict(hidden_dim=8)
     C2CModel.from_pretrained(tmp_path/'run'/'fuser')
+
+
+# ---------------------------------------------------------------- what is learned, and how
+
+same_chat = 'data.args={repeat: 1, rows: 8}'
+quick = 'training.accumulation=1', 'training.learning_rate=0.02', 'model.projector.args.dropout=0.', 'training.gates.noise=logistic', 'output.save_every=null', 'validation.every=null'
+
+
+@pytest.mark.parametrize('sharers, follow', [(1, True), (2, False)])
+def test_the_loss_falls(tmp_path, sharers, follow):
+    "A question with one answer is learned; as the answers are written the same way, all are right in the end."
+    it = run(recipe(tmp_path, same_chat, *quick, f'model.follow_response={follow}'.lower(), 'training.steps=40', 'training.scheduler=constant', 'output.log_every=5', f'validation.data={{type: TinyChats, args: {{repeat: 1, rows: 4}}}}', 'validation.method=answers', sharers=sharers))
+    losses = [r['loss'] for r in read_log(tmp_path) if 'loss' in r]
+    assert losses[-1] < .7*losses[0]
+    assert it.summary['best']['questions'] == 4 and it.summary['best']['held_out_loss'] < losses[0]
+
+
+@pytest.mark.parametrize('sharers', [2])
+def test_sharers_are_left_out(tmp_path, sharers):
+    "By the number of the row and the step alone; never all of them, and never in validation."
+    it = start(recipe(tmp_path, 'training.sharer_dropout=0.9', sharers=sharers))
+    rows = [it.batches.rows[i] for i in range(6)]
+    speaking = lambda plan: torch.stack([c.active.any(1) for c in plan.cuts]).any(0)             # (b, sharers)
+    plan = lambda rows, step: it.task.inputs(rows, step)[0][0]
+    assert speaking(plan(rows, -1)).all()
+    seen = [speaking(plan(rows, step)) for step in range(8)]
+    assert all(s.any(1).all() for s in seen) and not torch.equal(seen[0], seen[1])
+    share = torch.stack(seen).float().mean().item()
+    assert .5 <= share < .65                                     # one of two always stays; with .9 of them gone both are left 1 % of the time
+    for step in range(3): assert torch.equal(torch.cat([speaking(plan([r], step)) for r in rows]), seen[step])
+
+
+def test_a_receiver_that_learns(tmp_path):
+    "It is trained in fp32, saved with the fuser, and resumed to the bit; sharers stay."
+    made = recipe(tmp_path, 'training.freeze=[sharer]')
+    def given(made):
+        it = task(made, fresh=True)
+        it.models = [m.to(torch.bfloat16) for m in it.models]
+        return it
+    it = Trainer(made, task=given(made), progress=False).start()
+    it.fit()
+    receiver, sharer = it.task.c2c.receiver, it.task.c2c.sharers[0]
+    assert {p.dtype for p in receiver.parameters()} == {torch.float32} and {p.dtype for p in sharer.parameters()} == {torch.bfloat16}
+    assert all(it.opt.state[p]['exp_avg'].dtype == torch.float32 for g in it.opt.param_groups for p in g['params'] if p in it.opt.state)
+    for (name, new), old in zip(receiver.named_parameters(), model('receiver').parameters()): assert not torch.equal(new, old.to(torch.bfloat16).float()) or name.endswith('bias'), name
+    for new, old in zip(sharer.parameters(), model('llama').parameters()): assert torch.equal(new, old.to(torch.bfloat16))
+    from transformers import AutoModelForCausalLM
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path/'receiver')
+    assert saved.dtype == torch.float32
+    best = tmp_path/'checkpoints'/f'step-{it.best["step"]:08d}'
+    assert (tmp_path/'receiver'/'model.safetensors').read_bytes() == (best/'receiver'/'model.safetensors').read_bytes()
+    again = recipe(tmp_path/'again', 'training.freeze=[sharer]')
+    stopping = given(again)
+    stopping.before_step = lambda step, steps, go_on=stopping.before_step: (_ for _ in ()).throw(Stopped()) if step == 4 else go_on(step, steps)
+    with pytest.raises(Stopped): Trainer(again, task=stopping, progress=False).start().fit()
+    Trainer(again, True, task=given(again), progress=False).start().fit()
+    assert_same(outcome(tmp_path/'again'), outcome(tmp_path))
+
+
+def test_gradient_of_a_receiver_that_learns():
+    "With gates that are closed it is the gradient of ordinary training with transformers."
+    made = recipe('unused', 'training.freeze=[sharer, fuser]', 'model.projector.args={hidden_dim: 8, intermediate_dim: 8, gate_init: -1., gate_noise: null}', 'validation.share=0')
+    it = task(made, fresh=True)
+    it.load()
+    it.train(True)
+    said = chats(3, 7, (1, 2))
+    samples, _ = load_samples(make_data('TinyChats'), [dict(chat=c) for c in said])
+    it.model(it.send(it.inputs(list(encode_samples(samples, it.processor)[0]), 0)[0], 'cpu')).backward()
+    import copy
+    plain, t = copy.deepcopy(model('receiver')).requires_grad_(True).train(), tokenizer()
+    for chat in said:
+        ids = t.apply_chat_template(chat, tokenize=True, return_dict=False)
+        n = answers_of(chat, 'last')[0]
+        F.cross_entropy(plain(torch.tensor([ids])).logits[0, -n-1:-1], torch.tensor(ids[-n:]), reduction='sum').backward()
+    for (name, a), b in zip(it.c2c.receiver.named_parameters(), plain.parameters()): assert (a.grad - b.grad).abs().max() <= 1e-5*max(1, b.grad.abs().max()), name
+    assert not any(p.grad is not None for p in it.c2c.fusers.parameters())
+
+
+@pytest.mark.parametrize('metric', ['loss', 'accuracy'])
+def test_early_stopping_keeps_the_best(tmp_path, monkeypatch, metric):
+    "It stops after two looks without a better one; what is saved is the best, though others are newer."
+    values = [.5, .4, .2, .3, .2, .1]
+    monkeypatch.setattr(Trainer, '_held_out_loss', lambda self: values[self.step - 1] if metric == 'loss' else 1.)
+    monkeypatch.setattr('c2c_nb.train.ask', lambda task, questions, *args: [i/len(questions) >= values[it.step - 1] for i in range(len(questions))])
+    ask = 'validation.data={type: TinyChats, args: {rows: 20}}', 'validation.method=answers'
+    it = start(recipe(tmp_path, 'training.steps=9', 'validation.every=1', 'validation.patience=2', 'output.keep_last=1', 'output.save_every=1', f'validation.metric={metric}', *ask))
+    summary = it.fit()
+    assert summary['steps'] == 5 and summary['of_steps'] == 9 and summary['stopped_early'] and summary['saved_step'] == summary['best']['step'] == 3
+    assert summary['best']['value'] == pytest.approx(.2 if metric == 'loss' else .8)
+    points = tmp_path/'checkpoints'
+    assert sorted(p.name for p in points.iterdir()) == ['step-00000003', 'step-00000005']
+    saved, best, last = (Fuser.from_pretrained(p/'fuser') for p in (tmp_path, points/'step-00000003', points/'step-00000005'))
+    assert saved.fingerprint() == best.fingerprint() != last.fingerprint() and saved.config.training['steps'] == 3
+    assert it.task.c2c.fusers[0].fingerprint() == best.fingerprint()
+
+
+def test_without_keep_best_the_last_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, '_held_out_loss', lambda self: float(self.step))
+    summary = run(recipe(tmp_path, 'output.keep_best=false', 'validation.every=2')).summary
+    assert summary['best']['step'] == 2 and summary['saved_step'] == 6
+    assert sorted(p.name for p in (tmp_path/'checkpoints').iterdir()) == ['step-00000004', 'step-00000006']
+    assert Fuser.from_pretrained(tmp_path/'fuser').fingerprint() == Fuser.from_pretrained(tmp_path/'checkpoints'/'step-00000006'/'fuser').fingerprint()
+
+
+schedulers = dict(cosine_with_min_lr='{min_lr: 0.0001}', cosine_warmup_with_min_lr='{min_lr: 0.0001}', warmup_stable_decay='{num_decay_steps: 1}')
+
+
+@pytest.mark.parametrize('name', [s.value for s in __import__('transformers').SchedulerType])
+def test_every_scheduler(tmp_path, name):
+    "Three steps; for those that keep more than a number, again, interrupted after two of them."
+    few = f'training.scheduler={name}', f'training.scheduler_args={schedulers.get(name, "{}")}', 'training.steps=3', 'validation.every=1', 'output.save_every=1', 'data.args.rows=6', 'training.batch_size=2'
+    it = run(recipe(tmp_path/'a', *few))
+    rates = [r['lr'] for r in read_log(tmp_path/'a') if 'loss' in r]
+    assert len(rates) == 3 and all(0 <= r <= 3e-3 for r in rates)
+    if name not in ('reduce_lr_on_plateau', 'greedy', 'cosine'): return
+    with pytest.raises(Stopped): run(recipe(tmp_path/'b', *few), stop_before=2)
+    run(recipe(tmp_path/'b', *few), resume=True)
+    assert_same(outcome(tmp_path/'b'), outcome(tmp_path/'a'))
+
+
+def test_streams_are_resumed(tmp_path):
+    "Rows that come one after the other: the same weights, also over the end of the data; and every row that is not held out is used."
+    made = lambda folder: recipe(folder, 'data.args={streaming: true, rows: 13}', 'training.steps=5', 'validation.share=0')
+    run(made(tmp_path/'a'))
+    for step in 1, 3:                                            # the first has no checkpoint yet
+        with pytest.raises(Stopped): run(made(tmp_path/'b'), resume=True, stop_before=step)
+    it = run(made(tmp_path/'b'), resume=True)
+    assert_same(outcome(tmp_path/'b'), outcome(tmp_path/'a'))
+    stream = start(made(tmp_path/'c')).batches
+    assert sorted(r['row'] for n in range(3) for bite in stream.read(n) for r in bite) == list(range(13))
+
+
+def test_gates_have_a_rate_of_their_own(tmp_path):
+    "Gates move by about their learning rate in each step, weights hardly at all; and no decay draws gates to zero where nothing else does."
+    it = start(recipe(tmp_path, 'training.learning_rate=1e-9', 'training.gates.learning_rate=0.1', 'training.scheduler=constant', 'training.steps=2'))
+    assert {g['name']: g['lr'] for g in it.opt.param_groups} == dict(gates=.1, weights=1e-9)
+    fuser = it.task.c2c.fusers[0]
+    before = {n: p.detach().clone() for n, p in fuser.named_parameters()}
+    it.fit()
+    for n, p in fuser.named_parameters():
+        moved = (p - before[n]).abs().max().item()
+        assert moved > .05 if n.endswith('gate_logit') else moved < 1e-6, n
+
+
+@pytest.mark.parametrize('schedule, steps, expected', [('exponential', None, [1., .1**.25, .1**.5, .1**.75]), ('linear', None, [1., .775, .55, .325]), ('linear', 2, [1., .55, .1, .1]), ('exponential', 2, [1., .1**.5, .1, .1])])
+def test_temperatures(tmp_path, schedule, steps, expected):
+    "What the gates really have in each step, and what the log says."
+    it, seen = start(recipe(tmp_path, 'training.steps=4', f'training.gates.schedule={schedule}', f'training.gates.steps={json.dumps(steps)}')), []
+    forward = it.task.model.forward
+    it.task.model.forward = lambda inputs: (it.task.c2c.training and seen.append([s.projector.gate_temperature.item() for f in it.task.c2c.fusers for s in f.stacks]), forward(inputs))[1]
+    it.fit()
+    assert [x for xs in seen[::2] for x in xs] == pytest.approx(expected) and seen[::2] == seen[1::2]
+    assert [r['temperature'] for r in read_log(tmp_path) if 'loss' in r] == pytest.approx(expected)
+
+
+def test_fp32_weights_of_bf16_models(tmp_path):
+    "In bf16 neither gates nor norms near 1 could move by the usual learning rate (steps are 2**-8 there)."
+    made = recipe(tmp_path, 'training.precision=bf16', 'training.learning_rate=1e-4', 'training.scheduler=constant', 'training.steps=2', 'model.projector.args.gate_init=1.')
+    it = task(made, fresh=True)
+    it.models = [m.to(torch.bfloat16) for m in it.models]
+    run_ = Trainer(made, task=it, progress=False).start()
+    fuser = it.c2c.fusers[0]
+    before = {n: p.detach().clone() for n, p in fuser.named_parameters()}
+    run_.fit()
+    assert {m.dtype for m in (it.c2c.receiver, *it.c2c.sharers)} == {torch.bfloat16}
+    for n, p in fuser.named_parameters():
+        assert p.dtype == torch.float32 and run_.opt.state[p]['exp_avg'].dtype == run_.opt.state[p]['exp_avg_sq'].dtype == torch.float32
+        assert 0 < (p - before[n]).abs().max() < 5e-4, n
+    assert {t.dtype for n, t in load_file(tmp_path/'fuser'/'model.safetensors').items()} == {torch.float32}
+    assert any('norm' in n for n in before) and any(n.endswith('gate_logit') for n in before)
+
+
+def test_frozen_work_from_the_disk(tmp_path):
+    "With a store the same is learned, to rounding; a run that goes on finds it there."
+    changes = f'training.store={tmp_path}/store', 'training.sharer_dropout=0'
+    loss = lambda folder: [r['loss'] for r in read_log(folder) if 'loss' in r]
+    run(recipe(tmp_path/'a', *changes, sharers=2)); run(recipe(tmp_path/'without', changes[1], sharers=2))
+    assert loss(tmp_path/'a') == pytest.approx(loss(tmp_path/'without'), rel=1e-5)
+    written = files_of(tmp_path/'store')
+    with pytest.raises(Stopped): run(recipe(tmp_path/'b', *changes, sharers=2), stop_before=3)
+    run(recipe(tmp_path/'b', *changes, sharers=2), resume=True)
+    assert_same(outcome(tmp_path/'b'), outcome(tmp_path/'a'))
+    assert files_of(tmp_path/'store') == written
+
+
+@pytest.mark.xfail(strict=True, reason='a row whose first sharer is left out is fused later than the store has kept the receiver for')
+def test_frozen_work_of_sharers_that_are_left_out(tmp_path, whole):
+    run(recipe(tmp_path/'a', f'training.store={tmp_path}/store', sharers=2))
+    loss = lambda folder: [r['loss'] for r in read_log(folder) if 'loss' in r]
+    assert loss(tmp_path/'a') == pytest.approx(loss(whole[0]), rel=1e-5)
+
+
+def test_log_and_figure(tmp_path):
+    "A line for the loss of each step that is asked for, gates and weights of every layer with each look, and a figure at the end."
+    run(recipe(tmp_path, 'output.log_every=2'))
+    log = read_log(tmp_path)
+    assert [r['step'] for r in log if 'loss' in r] == [2, 3, 4, 6] and [r['step'] for r in log if 'validation' in r] == [3, 6]
+    look = next(r for r in log if 'validation' in r)
+    assert len(look['fusers'][0]['gates']['key']) == 3 and all(0 < w < 1 for w in look['fusers'][0]['weights']['value'])
+    plot_run(tmp_path, tmp_path/'figure.png')
+    assert (tmp_path/'figure.png').read_bytes().startswith(b'\x89PNG')
