@@ -32,7 +32,7 @@ setup(
     package_data={lib: ['recipes/*.yaml']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={name.removesuffix('_requirements'): text.split() for name, text in cfg.items() if name.endswith('_requirements')},
     entry_points={'console_scripts': scripts, 'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False,
 )
