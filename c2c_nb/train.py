@@ -105,7 +105,7 @@ class Trainer:
         self.recipe, self.progress, t = recipe, progress, recipe.training
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
         several = recipe.model is not None and (t.sharer_dropout > 0 or t.gates.noise is None or 'fuser' in t.freeze)     # not every parameter has a gradient in every step
-        self.acc = Accelerator(log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=several)])
+        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=several)])
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
         self._check_folder(resume, force)
         if task is None: task = make_task(recipe)
