@@ -119,7 +119,7 @@ def memory(
         few, n = 8, [0, 0]
         fuser = Fuser(fuser.config).to('meta').train() if fuser.device.type != 'meta' else fuser.train()
         kv = lambda g, t: [tuple(torch.empty(1, h, t, d, device='meta', requires_grad=True) for _ in (0, 1)) if h else None for h, d in map(g.layer, range(g.layers))]
-        of = lambda t: saved_bytes(lambda: fuser(kv(fuser.sharer_geometry, t), kv(fuser.receiver_geometry, t)), list(fuser.parameters()))
+        of = lambda t: saved_bytes(lambda: fuser(kv(fuser.sharer_geometry, t), kv(fuser.receiver_geometry, t), [(j is not None,)*2 for j in fuser.layer_map]), list(fuser.parameters()))
         return (of(2*few) - of(few))/few
     return {'frozen models': gb*dtype.itemsize*frozen, 'fusers, gradients and AdamW (16 bytes a parameter)': gb*16*learned, 'caches of the longest rows': gb*caches, 'what the fusers keep for the gradient': gb*sum(map(activations, fusers))*t*rows,
         'logits, with their gradient': gb*3*4*min(1024, t*rows)*models[0].config.get_text_config(decoder=True).vocab_size}
