@@ -35,6 +35,7 @@ class Task:
     processor:C2CProcessor
     follow = False # do sharers read the answers?
     prefetch = True # may the next step be prepared while this one runs?
+    sparse = False # may a step leave parameters without a gradient?
 
     def __init__(self, recipe:TrainRecipe): self.recipe = recipe
     def describe(self)->dict: "What can be told before any weight is loaded. Raises `ValueError` for parts that do not fit."; raise NotImplementedError
@@ -197,6 +198,7 @@ class FuserTask(Task):
         self.c2c.fusers.requires_grad_('fuser' not in r.training.freeze)
         self.model = Objective(self.c2c).train()
         self.prefetch = all(f.soft for f in self.c2c.fusers)    # hard gates decide what is computed, so a step cannot be planned before the one in front of it is done
+        self.sparse = len(models) > 2 or not self.prefetch      # behind a closed gate, and of a sharer that a process does not hear, nothing is computed
         self.model.eval()
 
     def groups(self):

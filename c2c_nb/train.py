@@ -104,8 +104,8 @@ class Trainer:
         given, recipe = recipe.check(resume or force), recipe.expanded()
         self.recipe, self.progress, t = recipe, progress, recipe.training
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
-        several = recipe.model is not None and (t.sharer_dropout > 0 or t.gates.noise is None or 'fuser' in t.freeze)     # not every parameter has a gradient in every step
-        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=several)])
+        self.ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp])
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
         self._check_folder(resume, force)
         if task is None: task = make_task(recipe)
@@ -145,6 +145,7 @@ def start(self:Trainer):
     self.identity['models'] = task.fingerprints()
     with self.acc.main_process_first(): task.prepare(self.batches.rows if isinstance(self.batches, Batches) else self.batches.make, str(self.identity['data']), self.progress and self.main)
     adamw = torch.optim.AdamW(task.groups(), lr=t.learning_rate, betas=tuple(t.betas), eps=t.eps, weight_decay=t.weight_decay, fused=True)
+    self.ddp.find_unused_parameters = task.sparse
     self.model, self.opt = self.acc.prepare(task.model, adamw)
     self.params = [p for g in self.opt.param_groups for p in g['params']]
     self.schedule = make_scheduler(t, adamw, self.steps)
