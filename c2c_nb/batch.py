@@ -190,7 +190,7 @@ class StreamBatches:
                 for step in epoch_batches(lengths, self.size, self.seed, pools, self.bucket):
                     if len(step) >= self.processes: found = True; yield [pool[i] for i in step]
                 pools += 1
-            if not found: raise ValueError("the stream gives no rows that could be used: look at the data set's report")
+            if not found: raise ValueError("the stream gives no rows to train on: look at the data set's report, and whether it is so short that all of it is held out (unless validation.share is 0)")
             epoch += 1
     def read(self, n):
         "The rows of step `n`. Steps are read in order; going back starts the stream again."
