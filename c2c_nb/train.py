@@ -194,12 +194,12 @@ def train_step(self:Trainer,
     self.task.before_step(self.step, self.steps)
     total = self.acc.reduce(torch.tensor(float(sum(labels for _, labels, _ in bites)), device=device), 'sum')     # labels of the step, over all processes
     summed = torch.zeros((), device=device)
-    for k, (inputs, _, tokens) in enumerate(bites):
+    for k, (inputs, labels, tokens) in enumerate(bites):
         torch.manual_seed(bite_seed(t.seed, self.step, k*processes + self.rank))
         with self.acc.no_sync(self.model) if k < len(bites) - 1 else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == 'bf16'): loss = self.model(self.task.send(inputs, device))
-            self.acc.backward(loss*processes/total)              # what processes have is averaged, not summed
-        summed += loss.detach()
+            self.acc.backward(loss*(processes if labels else 0)/total)     # what processes have is averaged, not summed
+        if labels: summed += loss.detach()
         self.tokens += tokens
     self.norms.append(self.acc.clip_grad_norm_(self.params, t.max_grad_norm or math.inf).detach())
     self.losses.append(summed/total)
@@ -212,7 +212,8 @@ def train_step(self:Trainer,
 @patch
 def _bites(self:Trainer, step):
     "Read and lay out what this process has to do in a step."
-    return [self.task.inputs(rows, step) for rows in self.batches.read(step)]
+    bites = self.batches.read(step)
+    return [self.task.inputs(rows, step) if rows else (self.task.inputs(bites[0][:1], step)[0], 0, 0) for rows in bites]     # a process without a row left takes part with one that does not count
 
 # %% ../nbs/07_train.ipynb #def-fit
 @patch
