@@ -204,11 +204,13 @@ class _Loader(yaml.SafeLoader):
 
 # %% ../nbs/06d_recipe.ipynb #def-dumper
 class _Dumper(yaml.SafeDumper):
-    "Writes what `_Loader` reads: texts that look like numbers get quotes."
+    "Writes what `_Loader` reads: texts that look like numbers get quotes, and nothing is written as a reference."
     def ignore_aliases(self, data): return True
+    def represent_str(self, x): return self.represent_scalar('tag:yaml.org,2002:str', x, style='"' if '\x85' in x else None)    # which PyYAML writes as it is, and reads as a line break
 
 # %% ../nbs/06d_recipe.ipynb #re-resolvers
 for c in _Loader, _Dumper: c.add_implicit_resolver('tag:yaml.org,2002:float', _exponent, list('-+.0123456789'))
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # %% ../nbs/06d_recipe.ipynb #def-read-yaml
 def _read_yaml(text, where=''):
