@@ -821,7 +821,7 @@ def check(self:TrainRecipe,
     resume:bool=False, # the output folder may hold another run
 )->TrainRecipe: # the same
     "Raises `ValueError` with all that is wrong with the recipe, as far as it can be known without models and network."
-    recipe = _build(TrainRecipe, self.to_dict()).expanded()                                     # also one that was made in Python has the right types
+    recipe = self.expanded()                                                                    # which also tells whether one that was made in Python has the right types
     import_modules(recipe.imports)
     problems = list(_check_values(recipe))
     if recipe.kind != 'training': problems.append(f"kind is {recipe.kind!r}; this is no recipe for training")

@@ -251,6 +251,10 @@ def test_yaml_traps(tmp_path):
     assert yaml.safe_load('1e-4') == '1e-4', 'PyYAML itself is as it was'
     for bad, message in [('a: 1\na: 2', "'a' is there twice"), ('training: {seed: 1, seed: 2}', "'seed' is there twice"), ('a: [', 'not valid YAML'), ('a: !!python/object:os.system x', 'not valid YAML'), ('- 1', 'a recipe is a mapping'), ('', 'nothing was given')]:
         with pytest.raises(ValueError, match=f'(?s)r.yaml.*{message}'): read_recipe(write(tmp_path, bad))
+    for odd in '\x85', 'a\x85b', '1e-4', '-1E+5', '.5e1', 'off', '~', '', ' ', '1:30', '2024-01-01', '\u2028', 'a: b #c', 'é', '😀', '\n\n a', '${X}':
+        r = recipe_from_dict(ours(data=dict(type='Toy', args={'value': odd, 'list': [odd], odd: 1})))
+        assert read_recipe(write(tmp_path, r.to_yaml())) == r
+    assert 'é' in set_values(r, ['name=é']).to_yaml()
     assert room._read_yaml('{a: &x {b: 1}, c: {<<: *x, b: 2}}') == {'a': {'b': 1}, 'c': {'b': 2}}
 
 
