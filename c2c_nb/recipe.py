@@ -204,11 +204,13 @@ class _Loader(yaml.SafeLoader):
 
 # %% ../nbs/06d_recipe.ipynb #def-dumper
 class _Dumper(yaml.SafeDumper):
-    "Writes what `_Loader` reads: texts that look like numbers get quotes."
+    "Writes what `_Loader` reads: texts that look like numbers get quotes, and nothing is written as a reference."
     def ignore_aliases(self, data): return True
+    def represent_str(self, x): return self.represent_scalar('tag:yaml.org,2002:str', x, style='"' if '\x85' in x else None)    # which PyYAML writes as it is, and reads as a line break
 
 # %% ../nbs/06d_recipe.ipynb #re-resolvers
 for c in _Loader, _Dumper: c.add_implicit_resolver('tag:yaml.org,2002:float', _exponent, list('-+.0123456789'))
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # %% ../nbs/06d_recipe.ipynb #def-read-yaml
 def _read_yaml(text, where=''):
@@ -819,7 +821,7 @@ def check(self:TrainRecipe,
     resume:bool=False, # the output folder may hold another run
 )->TrainRecipe: # the same
     "Raises `ValueError` with all that is wrong with the recipe, as far as it can be known without models and network."
-    recipe = _build(TrainRecipe, self.to_dict()).expanded()                                     # also one that was made in Python has the right types
+    recipe = self.expanded()                                                                    # which also tells whether one that was made in Python has the right types
     import_modules(recipe.imports)
     problems = list(_check_values(recipe))
     if recipe.kind != 'training': problems.append(f"kind is {recipe.kind!r}; this is no recipe for training")
