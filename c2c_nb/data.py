@@ -23,7 +23,6 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from fastcore.basics import patch
-from pyarrow import ArrowInvalid
 
 # %% ../nbs/06_data.ipynb #def-sample
 @dataclass
@@ -360,6 +359,22 @@ def _builder(
 # %% ../nbs/06_data.ipynb #def-saved
 def _saved(folder): "A folder written by `save_to_disk`?"; return any((Path(folder)/f).is_file() for f in ('dataset_dict.json', 'state.json'))
 
+# %% ../nbs/06_data.ipynb #def-unreadable
+@patch
+def _unreadable(self:ChatData, e:Exception)->Exception:
+    "What to raise for an error of `datasets`: the same, and which rows it was about."
+    if isinstance(e, (DatasetNotFoundError, ConnectionError)):
+        return (ConnectionError if isinstance(e, ConnectionError) else FileNotFoundError)(f"{self.where()} cannot be had from the hub: {e}. Check name and connection, or give data_files=... with a copy of its files")
+    if isinstance(e, StopIteration) or isinstance(e.__cause__, StopIteration) or 'corresponds to no data' in str(e): return ValueError(f"{self.where()} is empty")
+    return ValueError(f"{self.where()} cannot be read: {e.__cause__ if isinstance(e, DatasetGenerationError) and e.__cause__ else e}")
+
+# %% ../nbs/06_data.ipynb #def-read
+@patch
+def _read(self:ChatData, what, **kwargs):
+    "`load_dataset`, with errors that say what it was about."
+    try: return load_dataset(what, split=self.split, streaming=self.streaming, **kwargs)
+    except (DatasetNotFoundError, ConnectionError, DatasetGenerationError, StopIteration, ValueError) as e: raise self._unreadable(e) from e
+
 # %% ../nbs/06_data.ipynb #def-open
 @patch
 def open(self:ChatData, **builder_args)->Dataset|IterableDataset:
@@ -368,28 +383,21 @@ def open(self:ChatData, **builder_args)->Dataset|IterableDataset:
     files, split = self.data_files, self.split
     folder = next((str(x) for x in ([files] if files is not None else [self.path or self.hub]) if isinstance(x, (str, os.PathLike)) and os.path.isdir(x)), None)
     config = self.config or (None if self.path or files is not None else self.hub_config)
-    try:
-        if folder and _saved(folder):
-            saved = load_from_disk(folder)
-            if isinstance(saved, DatasetDict):
-                if split not in saved: raise ValueError(f"{folder} has no split {split!r}; {nearest(split, saved)}")
-                saved = saved[split]
-            return saved.to_iterable_dataset() if self.streaming else saved
-        if folder:
-            place = dict(data_dir=config) if config and os.path.isdir(os.path.join(folder, config)) and not os.path.exists(os.path.join(folder, 'README.md')) else dict(name=config)
-            return load_dataset(folder, split=split, streaming=self.streaming, **place)
-        if files is not None:
-            kind, kwargs = _builder(self.files())
-            if not isinstance(files, dict): files = {re.match(r'\w*', split)[0] or 'train': self.files()}
-            return load_dataset(kind, data_files={s: list(map(str, [f] if isinstance(f, (str, os.PathLike)) else f)) for s, f in files.items()}, split=split, streaming=self.streaming, **{**kwargs, **builder_args})
-        if not (self.path or self.hub): raise ValueError(f"{type(self).__name__} does not say where its rows are: give data_files=..., or path=... for a hub repository or a folder")
-        return load_dataset(str(self.path or self.hub), config, split=split, revision=self.revision, streaming=self.streaming)
-    except (DatasetNotFoundError, ConnectionError) as e:
-        raise (ConnectionError if isinstance(e, ConnectionError) else FileNotFoundError)(f"{self.where()} cannot be had from the hub: {e}. Check name and connection, or give data_files=... with a copy of its files") from e
-    except DatasetGenerationError as e: raise ValueError(f"{self.where()} cannot be read: {e.__cause__ or e}") from e
-    except (StopIteration, ValueError) as e:
-        if isinstance(e, ValueError) and 'corresponds to no data' not in str(e): raise
-        raise ValueError(f"{self.where()} is empty") from e
+    if folder and _saved(folder):
+        saved = load_from_disk(folder)
+        if isinstance(saved, DatasetDict):
+            if split not in saved: raise ValueError(f"{folder} has no split {split!r}; {nearest(split, saved)}")
+            saved = saved[split]
+        return saved.to_iterable_dataset() if self.streaming else saved
+    if folder:
+        place = dict(data_dir=config) if config and os.path.isdir(os.path.join(folder, config)) and not os.path.exists(os.path.join(folder, 'README.md')) else dict(name=config)
+        return self._read(folder, **place)
+    if files is not None:
+        kind, kwargs = _builder(self.files())
+        if not isinstance(files, dict): files = {re.match(r'\w*', split)[0] or 'train': self.files()}
+        return self._read(kind, data_files={s: list(map(str, [f] if isinstance(f, (str, os.PathLike)) else f)) for s, f in files.items()}, **{**kwargs, **builder_args})
+    if not (self.path or self.hub): raise ValueError(f"{type(self).__name__} does not say where its rows are: give data_files=..., or path=... for a hub repository or a folder")
+    return self._read(str(self.path or self.hub), name=config, revision=self.revision)
 
 # %% ../nbs/06_data.ipynb #def-code-of
 def _code_of(
@@ -498,9 +506,8 @@ def _load(
     elif isinstance(source, list): source = Dataset.from_list(source)
     if data.limit is not None: source = source.take(data.limit)
     try: first = list(source.take(20))
-    except (ArrowInvalid, StopIteration, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not isinstance(e.__cause__, StopIteration): raise
-        raise ValueError(f"{data.where()} cannot be read: {e}" if isinstance(e, ArrowInvalid) else f"{data.where()} is empty") from e
+    except (ValueError, StopIteration) as e: raise data._unreadable(e) from e
+    except RuntimeError as e: raise data._unreadable(e) if isinstance(e.__cause__, StopIteration) else e
     if not first: raise ValueError(f"{data.where()} has no rows")
     names = source.column_names or list(first[0])
     data = data.settle(first)
