@@ -6,8 +6,8 @@
 __all__ = ['official_keys', 'official_lora', 'RECIPE', 'MEASURED', 'ProjectorRecipe', 'ModelRecipe', 'FinetuneRecipe',
            'DataRecipe', 'GateRecipe', 'TrainingRecipe', 'ValidationRecipe', 'OutputRecipe', 'TrainRecipe', 'nearest',
            'recipe_keys', 'OfficialKey', 'is_official', 'recipe_from_dict', 'shipped_recipes', 'read_recipe',
-           'set_values', 'differences', 'accumulation', 'steps', 'make_scheduler', 'learning_rates', 'import_modules',
-           'describe']
+           'set_values', 'read_values', 'differences', 'accumulation', 'steps', 'make_scheduler', 'learning_rates',
+           'import_modules', 'describe']
 
 # %% ../nbs/06d_recipe.ipynb #imports-recipe
 import difflib
@@ -517,6 +517,18 @@ def set_values(
     new = _build(TrainRecipe, d)
     new.notes = list(recipe.notes)
     return new
+
+# %% ../nbs/06d_recipe.ipynb #def-read-values
+def read_values(
+    values:list[str], # such as 'split=train' or 'limit=1000'
+)->dict: # name -> value
+    "Arguments as they are typed. Raises `ValueError` for what is not name=value."
+    out = {}
+    for given in values:
+        name, equals, text = given.partition('=')
+        if not equals or not name.strip(): raise ValueError(f"{given!r} was given; write name=value, such as limit=1000")
+        out[name.strip()] = _read_yaml(text, given)
+    return out
 
 # %% ../nbs/06d_recipe.ipynb #def-leaves
 def _leaves(d, at=''):
