@@ -231,7 +231,7 @@ def test_layers_that_no_model_has(golden, tmp_path, table):
     (folder/'projector_config.json').write_text(json.dumps({'0': {'1': table}}))
     start = time.monotonic()
     with pytest.raises((ValueError, FileNotFoundError), match='projector_config.json'): Fuser.from_published(folder)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 15
 
 
 @pytest.mark.parametrize('file', ['projector_config.json', 'projector_0.json', '../config.json', 'projector_0.pt'])
