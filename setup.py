@@ -29,9 +29,10 @@ setup(
         *[f'Programming Language :: Python :: {v}' for v in ('3.11', '3.12', '3.13')],
     ],
     packages=find_packages(include=[lib, f'{lib}.*']),
+    package_data={lib: ['recipes/*.yaml']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={name.removesuffix('_requirements'): text.split() for name, text in cfg.items() if name.endswith('_requirements')},
     entry_points={'console_scripts': scripts, 'nbdev': [f'{lib}={lib}._modidx:d']},
     zip_safe=False,
 )

@@ -676,22 +676,26 @@ def encode(self:C2CProcessor,
 def pad(self:C2CProcessor,
     rows:list[dict], # from `encode`, all with an answer or all without
     device:str|torch.device|None=None, # where to put the tensors
+    multiple:int|None=None, # columns of the receiver are filled up to a multiple of this
 )->C2CBatch:
     "Everything that `C2CModel` takes, padded on the left; with `labels` where there are answers."
-    left = lambda xs, pad: torch.tensor([[pad]*(max(map(len, xs)) - len(x)) + x for x in xs])
+    def left(xs, pad, multiple=1):
+        width = -(-max(map(len, xs))//multiple)*multiple
+        return torch.tensor([[pad]*(width - len(x)) + x for x in xs])
+    multiple = multiple or 1
     first, sharers, column = rows[0], range(len(self.aligners)), lambda name: [r[name] for r in rows]
     each = lambda name, j: [r[name][j] for r in rows]
-    sharer_ids = [None if first['sharer_input_ids'][j] is None else left(each('sharer_input_ids', j), _pad_id(self.sharer_tokenizers[j])) for j in sharers]
-    sharer_masks = [None if first['sharer_input_ids'][j] is None else left(each('sharer_attention_mask', j), 0) for j in sharers]
+    sharer_ids = [None if first['sharer_input_ids'][j] is None else left(each('sharer_input_ids', j), _pad_id(self.sharer_tokenizers[j]), 1 if first['pairing'][j] is not None else multiple) for j in sharers]
+    sharer_masks = [None if first['sharer_input_ids'][j] is None else left(each('sharer_attention_mask', j), 0, 1 if first['pairing'][j] is not None else multiple) for j in sharers]
     pairing = []
     for j in sharers:
         if first['pairing'][j] is None: pairing.append(None); continue
         shift = torch.tensor([[sharer_ids[j].shape[1] - len(ids)] for ids in each('sharer_input_ids', j)])     # their rows are padded on the left too
-        p = left(each('pairing', j), -1)
+        p = left(each('pairing', j), -1, multiple)
         pairing.append(torch.where(p < 0, p, p + shift))
-    active = left(column('active'), 0)[..., None] >> torch.arange(len(self.aligners)) & 1 > 0
-    batch = C2CBatch(dict(input_ids=left(column('input_ids'), _pad_id(self.receiver_tokenizer)), attention_mask=left(column('attention_mask'), 0), sharer_input_ids=sharer_ids, sharer_attention_mask=sharer_masks,
-        active=active, sections=left(column('sections'), 0), pairing=pairing, **(dict(labels=left(column('labels'), -100)) if 'labels' in first else {})))
+    active = left(column('active'), 0, multiple)[..., None] >> torch.arange(len(self.aligners)) & 1 > 0
+    batch = C2CBatch(dict(input_ids=left(column('input_ids'), _pad_id(self.receiver_tokenizer), multiple), attention_mask=left(column('attention_mask'), 0, multiple), sharer_input_ids=sharer_ids, sharer_attention_mask=sharer_masks,
+        active=active, sections=left(column('sections'), 0, multiple), pairing=pairing, **(dict(labels=left(column('labels'), -100, multiple)) if 'labels' in first else {})))
     return batch if device is None else batch.to(device)
 
 # %% ../nbs/03_align.ipynb #def-items

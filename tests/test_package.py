@@ -1,5 +1,5 @@
 "The package is what the notebooks say: modules, clean notebooks, sidebar, README, wheel, light import."
-import configparser, importlib, json, os, re, subprocess, sys, zipfile
+import configparser, importlib, json, os, re, subprocess, sys, tarfile, zipfile
 
 import pytest, yaml
 
@@ -113,6 +113,18 @@ def test_wheel_holds_the_package_only(tmp_path):
     info = f"{settings['lib_name']}-{settings['version']}.dist-info/"
     assert {n for n in names if not n.startswith(info)} == {f.as_posix() for f in repository_files() if f.parts[0] == lib}
     assert f'{info}entry_points.txt' in names and f'{info}licenses/LICENSE' in names
+    assert {n for n in names if n.endswith('.yaml')} == {f'{lib}/recipes/{name}.yaml' for name in ('mmlu', 'openhermes_300', 'openhermes_500k', 'tiny', 'toy')}
+
+
+def test_sdist_holds_what_the_wheel_is_made_from(tmp_path):
+    pytest.importorskip('setuptools', minversion='77')
+    copy_repository(tmp_path/'src')
+    done = subprocess.run([sys.executable, '-c', 'import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])', tmp_path], cwd=tmp_path/'src', capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sdist, = tmp_path.glob('*.tar.gz')
+    with tarfile.open(sdist) as f: names = {n.partition('/')[2] for n in f.getnames()}
+    lib = settings['lib_path']
+    assert {f.as_posix() for f in repository_files() if f.parts[0] == lib} | {'setup.py', 'settings.ini', 'README.md', 'LICENSE', 'constraints.txt'} <= names
 
 
 def test_constraints_are_exact_and_hold_here():
