@@ -68,12 +68,12 @@ def read_conversation(
     "A saved conversation. Raises `ValueError` for another file, `OSError` for one that cannot be read."
     import json
     try: c = json.loads(Path(file).read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file} is not a saved conversation (no JSON: {e})") from e
+    except (ValueError, RecursionError) as e: raise ValueError(f"{file} is not a saved conversation (no JSON: {e})") from e
     if not isinstance(c, dict) or c.get('format') != 'c2c_nb chat': raise ValueError(f"{file} is not a saved conversation: name a file that /save wrote, or one that is not there yet")
     if c.get('version') != 1: raise ValueError(f"{file} has version {c.get('version')!r}, this c2c_nb reads 1: upgrade c2c_nb")
     message = lambda m: isinstance(m, dict) and m.get('role') in ('system', 'user', 'assistant') and isinstance(m.get('content'), str)
     sound = (c.get('mode') in ('receiver', 'c2c', 'both') and isinstance(c.get('system'), str) and isinstance(c.get('settings'), dict) and set(c['settings']) == set(_settings) and all(type(c['settings'][k]) in (type(v), int) for k, v in _settings.items())
-        and isinstance(c.get('fusers'), list) and all(isinstance(f, dict) for f in c['fusers'])
+        and isinstance(c.get('fusers'), list) and all(isinstance(f, dict) and isinstance(f.get('name'), (str, type(None))) for f in c['fusers'])
         and isinstance(c.get('sides'), dict) and set(c['sides']) == {'receiver', 'c2c'} and all(isinstance(ms, list) and all(map(message, ms)) for ms in c['sides'].values()))
     if not sound: raise ValueError(f"{file} is a damaged conversation: it must hold mode, system, settings, fusers, and messages with role and content for the sides receiver and c2c")
     return c
@@ -91,11 +91,17 @@ def _check_fuser(
         raise ValueError(f"there is no folder {name} (and repositories on the hub are called owner/name)")
     try: c = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     except FileNotFoundError: c = None
-    except (OSError, ValueError) as e: raise ValueError(f"{folder/'config.json'} cannot be read: {e}") from e
+    except (OSError, ValueError, RecursionError) as e: raise ValueError(f"{folder/'config.json'} cannot be read: {e}") from e
     if not isinstance(c, dict) or 'layer_map' not in c: raise ValueError(f"{name} holds no fuser (no config.json with a layer map): give a folder that C2CModel.save_pretrained wrote. Checkpoints of the official project are imported by Fuser.from_published first")
     for role in ('receiver', 'sharer'):
-        if not isinstance(c.get(role), dict) or not c[role].get('name'): raise ValueError(f"the fuser {name} does not say which {role} it was made for (its models had no name): load the models and the fuser in Python, and talk to them with c2c_nb.chat.Chat")
+        if not isinstance(c.get(role), dict) or not c[role].get('name') or not isinstance(c[role]['name'], str): raise ValueError(f"the fuser {name} does not say which {role} it was made for (its models had no name): load the models and the fuser in Python, and talk to them with c2c_nb.chat.Chat")
     return c['receiver']['name']
+
+# %% ../nbs/13_cli.ipynb #def-unheard
+def _unheard():
+    "Leave quietly where nobody reads what is written any more, such as `head` that has seen enough."
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # or Python would complain once more at its end
+    raise SystemExit(141)                                        # what a shell says of a program that a closed pipe has ended
 
 # %% ../nbs/13_cli.ipynb #def-several
 try: from fastcore.script import Param
@@ -139,20 +145,24 @@ def c2c_chat(
     try:
         say('Loading ...')
         import torch, transformers
-        from c2c_nb.chat import HINT, Chat, open_model, typed
+        from c2c_nb.chat import HINT, Chat, commands, open_model, typed
         transformers.utils.logging.disable_progress_bar()
         where = device or ('auto' if torch.cuda.is_available() else '')
         try:
             c2c = open_model(fusers, fusion=settings.pop('fusion'), follow_response=settings.pop('follow_response'), dtype=dtype, **(dict(device_map=where) if where else {}))
             terminal = sys.stdin.isatty() and sys.stdout.isatty()
             chat = Chat(c2c, system or '', mode or 'c2c', fusers=fusers, label=terminal, **settings)
-        except (OSError, ValueError, RuntimeError) as e: refuse(f"{', '.join(fusers) or 'the embedded pair'}: {e}")
+        except (OSError, ValueError, RuntimeError, AssertionError) as e: refuse(f"{', '.join(fusers) or 'the embedded pair'}{f' on {device}' if device else ''}: {e}")     # torch asserts that it has been built for a device
         for stream in (sys.stdin, sys.stdout): stream.reconfigure(errors='replace')
-        if saved: chat.load(saved); chat.mode = mode or chat.mode
+        if saved:
+            chat.load(saved); chat.mode = mode or chat.mode
+            asked = [sum(m['role'] == 'user' for m in chat.talks[side].messages) for side in ('c2c', 'receiver')]
+            say(f"{load}: {asked[0]} question{'s'*(asked[0] != 1)} to C2C and {asked[1]} to the receiver alone; now {commands[chat.mode]}")
         if not fusers: say(HINT)
         if terminal: say('/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.')
         chat.run(typed() if terminal else sys.stdin)
     except KeyboardInterrupt: say('\nc2c_chat: stopped'); raise SystemExit(130)
+    except BrokenPipeError: _unheard()
 
 # %% ../nbs/13_cli.ipynb #def-command
 def command(
