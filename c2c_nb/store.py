@@ -42,11 +42,14 @@ def store_parts(
 
 # %% ../nbs/06f_store.ipynb #def-lengths
 def _lengths(row):
-    "Tokens of the receiver up to the end of its first fused section, and of each sharer's prompt."
-    first = next(i for i, a in enumerate(row['active']) if a)
-    mine = sum(m for m, s in zip(row['attention_mask'], row['sections']) if s <= row['sections'][first])
-    prompt = sum(m for m, s in zip(row['attention_mask'], row['sections']) if s < row['sections'][-1])
-    return mine, *(prompt if m is None else sum(m) for m in row['sharer_attention_mask'])
+    "Tokens of the receiver up to the end of its first fused section, and of each sharer as far as it is heard."
+    sections, count = row['sections'], lambda xs, last: sum(x for x, s in zip(xs, sections) if s <= last)
+    heard = [[s for a, s in zip(row['active'], sections) if a >> j & 1] for j in range(len(row['pairing']))]
+    def his(mask, pair, spoken):
+        if not spoken: return 0
+        if pair is None: return count(row['attention_mask'] if mask is None else mask, spoken[-1])
+        return 1 + max(p for p, s in zip(pair, sections) if s <= spoken[-1])
+    return count(row['attention_mask'], min(s[0] for s in heard if s)), *map(his, row['sharer_attention_mask'], row['pairing'], heard)
 
 # %% ../nbs/06f_store.ipynb #def-probe
 @torch.no_grad()
@@ -192,7 +195,7 @@ def gather_rows(
         for i, n in enumerate(numbers):
             if not stop: break
             for x, kept in zip(made, read(n, which)):
-                where = columns[i][:kept.shape[-2]]              # what a paired sharer has behind its last pair is not kept, nor listened to
+                where = columns[i][:kept.shape[-2]]              # what a sharer has behind the last section in which it is heard is not kept, nor looked at
                 x[:, i, :, where] = kept[..., :len(where), :]
         out.append(tuple(made))
     return out
@@ -205,9 +208,10 @@ def fill_cache(
 )->FusedCache:
     "What the models would have read, as a cache."
     work = c2c.new_cache()
-    for cache, model, (layers, _, _), kv in zip((work, *work.sharers), (c2c.receiver, *c2c.sharers), parts, kept):
+    geometries = c2c.fusers[0].receiver_geometry, *(f.sharer_geometry for f in c2c.fusers)
+    for cache, model, geometry, (layers, _, _), kv in zip((work, *work.sharers), (c2c.receiver, *c2c.sharers), geometries, parts, kept):
         if kv[0].shape[-2] == 0: continue
         keys, values = (x.to(model.device, non_blocking=True) for x in kv)
         for k, i in enumerate(layers): cache.update(keys[k], values[k], i)
-        for i in set(range(len(cache.layers))) - set(layers): cache.update(torch.zeros_like(keys[0]), torch.zeros_like(values[0]), i)     # nobody looks at them
+        for i in set(geometry.fusable) - set(layers): cache.update(torch.zeros_like(keys[0]), torch.zeros_like(values[0]), i)     # nobody looks at them
     return work
