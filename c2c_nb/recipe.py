@@ -766,7 +766,7 @@ def _check_finetune(recipe):
 # %% ../nbs/05d_recipe.ipynb #def-check-data
 def _check_data(part, at):
     "A data set and its arguments."
-    if part is None or importlib.util.find_spec('c2c_nb.data') is None: return
+    if part is None: return
     from c2c_nb.data import make_data
     try: make_data(part.type, part.args).check()
     except Exception as e: yield f"{at}: {e.args[0] if isinstance(e, KeyError) else e}"
