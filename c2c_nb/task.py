@@ -25,7 +25,7 @@ from .fuser import Fuser, map_layers
 from .model import C2CModel, plain_head
 from .projector import exponential_temperature, get_projector, linear_temperature
 from .recipe import ModelRecipe, TrainRecipe
-from .store import Store, build_store, fill_cache, gather_rows
+from .store import Store, build_store, fill_cache, gather_rows, store_parts
 from .toy import build_models, get_world
 
 # %% ../nbs/06g_task.ipynb #def-task
@@ -178,6 +178,7 @@ class FuserTask(Task):
         geometries, names = [KVGeometry.of(x) for x in empty], [s.name for s in self.sources] if self.sources else [x.config.name_or_path or type(x).__name__ for x in self.models]
         with torch.device('meta'):
             fusers = [open_fuser(f) for f in m.fusers] if m.fusers else [Fuser.from_models(empty[0], s, m.projector.type, m.layer_map, m.key_space, **_projector_args(r)) for s in empty[1:]]
+        if r.training.store: store_parts(empty, fusers)
         for f, s, name in zip(fusers, geometries[1:], names[1:]):
             if f.receiver_geometry != geometries[0] or f.sharer_geometry.layers > s.layers: raise ValueError(f"the fuser for {name} is made for a receiver of {f.receiver_geometry} and a sharer of {f.sharer_geometry}, these are {geometries[0]} and {s}")
         dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}.get(m.dtype) or (self.models[0].dtype if self.models else getattr(empty[0].config, 'dtype', None)) or torch.float32
@@ -223,8 +224,9 @@ class FuserTask(Task):
         t = self.recipe.training
         if not t.store: return
         if callable(rows): raise ValueError("training.store needs all rows beforehand, a stream has none: leave it out")
-        self.store = Store(t.store, self.c2c, key)
-        build_store(self.store, lambda part: self.inputs(part, -1)[0][0], rows, t.store_gb, progress=progress)
+        with torch.autocast(self.c2c.device.type, torch.bfloat16, enabled=t.precision == 'bf16'):      # as in training
+            self.store = Store(t.store, self.c2c, rows)
+            build_store(self.store, t.store_gb, progress=progress)
 
     def before_step(self, step, steps):
         g = self.recipe.training.gates
