@@ -154,7 +154,7 @@ class System:
         stages = Stages(self.device)
         answers = self.respond(prompts, options, max_new_tokens, questions, stages)
         stages.mark()
-        for a in answers: a.seconds = {k: v/len(answers) for k, v in stages.seconds.items()}
+        for a in answers: a.seconds = a.seconds or {k: v/len(answers) for k, v in stages.seconds.items()}
         return answers
 
 # %% ../nbs/08_baseline.ipynb #def-prefix
@@ -626,7 +626,7 @@ class FineTuned(Alone):
         template_kwargs:dict|None=None, # see `Reader`
         **kwargs, # of `AutoModelForCausalLM.from_pretrained`, such as `dtype`, `device_map`
     ):
-        places = [Path(folder)/p for p in ('', 'model', 'final/model')]
+        places = [Path(folder)/p for p in ('', 'model')]
         place = next((p for p in places if (p/'config.json').is_file() or (p/'adapter_config.json').is_file()), None)
         if place is None: raise FileNotFoundError(f"there is no model in {folder}: looked for config.json and adapter_config.json in {', '.join(map(str, places))}. Give the folder of a run whose recipe has `finetune`")
         super().__init__(AutoModelForCausalLM.from_pretrained(place, **kwargs).eval(), load_tokenizer(place), name, generation=generation, template_kwargs=template_kwargs)
