@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, HfHubHTTPError, RepositoryNotFoundError
 from torch import Tensor
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -36,13 +36,16 @@ def load_tokenizer(
 )->PreTrainedTokenizerBase:
     """Like `AutoTokenizer.from_pretrained`, but a `tokenizer.json` is used as it is.
 
-    Raises `FileNotFoundError` where there is no tokenizer."""
+    Raises `FileNotFoundError` where there is no tokenizer, or none that you may have."""
+    if kwargs.get('subfolder'): kwargs['subfolder'] = kwargs['subfolder'].strip('/')
     hub = {k: kwargs[k] for k in ('revision', 'subfolder', 'token', 'cache_dir', 'local_files_only', 'force_download') if k in kwargs}
     if Path(name).is_dir(): found = (Path(name, kwargs.get('subfolder') or '')/'tokenizer.json').is_file()
     else:
         try: found = bool(hf_hub_download(str(name), 'tokenizer.json', **hub))
         except EntryNotFoundError: found = False                 # or offline and not in the cache: then `AutoTokenizer` will say so
-        except (RepositoryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository on the hub") from e
+        except GatedRepoError as e: raise FileNotFoundError(f"the repository {name} is gated, and you have no access to it: ask for access at https://huggingface.co/{name}, and log in (hf auth login)") from e
+        except (RepositoryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository on the hub (or it is private: log in with hf auth login)") from e
+        except HfHubHTTPError as e: raise FileNotFoundError(f"there is no folder {name}, and the hub does not give that repository's tokenizer: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     try: tokenizer = (PreTrainedTokenizerFast if found else AutoTokenizer).from_pretrained(name, **kwargs)
     except Exception as e: raise FileNotFoundError(f"no tokenizer could be loaded from {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens): raise FileNotFoundError(f"there is no tokenizer in {name}: transformers made one with no words at all")
@@ -129,7 +132,20 @@ def _render(tokenizer, messages, continued, kwargs):
     try: return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs) + (continued or '')
     except Exception as e:                                       # a template may raise whatever jinja and its own code raise
         raise ValueError(f"the chat template of {_name(tokenizer)} refuses these messages (roles {', '.join(str(m.get('role')) for m in messages)}): {e}. "
-            "Leave out or merge messages that this model does not know, for instance put a system message in front of the first user message") from e
+            "Leave out, merge or rewrite messages that this model does not know: put a system message in front of the first user message, what a tool has said into a user message, and a text into every content that is None") from e
+
+# %% ../nbs/03_align.ipynb #def-plain
+def _plain(
+    i:int, # number of the message, for the error
+    message:dict, # of a chat
+)->dict: # with a text as its content, if it has one
+    "Content that comes in parts, as from a chat server, is put together. Raises `ValueError` naming a part that is no text."
+    parts = message.get('content')
+    if not isinstance(parts, (list, tuple)): return message
+    kind = lambda p: (p.get('type') or ', '.join(map(str, p))) if isinstance(p, dict) else type(p).__name__
+    if odd := [kind(p) for p in parts if not (isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str))]:
+        raise ValueError(f"the content of message {i} has a part that is no text ({', '.join(dict.fromkeys(map(str, odd)))}): only parts {{'type': 'text', 'text': '...'}} can be aligned. Leave the others out, or say in words what is in them")
+    return {**message, 'content': ''.join(p['text'] for p in parts)}
 
 # %% ../nbs/03_align.ipynb #def-locate
 def _locate(
@@ -182,7 +198,9 @@ def _locate(
 
 # %% ../nbs/03_align.ipynb #def-tokenize
 def _tokenize(tokenizer, text, special):
-    "Ids and offsets of a text; `special`: with the tokens that the tokenizer puts around it."
+    "Ids and offsets of a text; `special`: with the tokens that the tokenizer puts around it. Raises `ValueError` for half characters."
+    try: text.encode()
+    except UnicodeEncodeError as e: raise ValueError(f"the text holds a lone surrogate ({text[e.start]!a} at character {e.start}), which is one half of a character and cannot be read: decode the text again from where it came, or replace it with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')") from None
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_special_tokens_mask=special, return_attention_mask=False, return_token_type_ids=False, verbose=False)
     offsets = torch.tensor(out.offset_mapping, dtype=torch.long).view(-1, 2)
     if special and any(out.special_tokens_mask):                 # such a token lies nowhere: before the text, or behind it
@@ -208,7 +226,7 @@ def read_chat(
 )->Reading:
     "A chat as a model reads it through its template. Raises `ValueError` for messages that the template refuses, or where there is none."
     if not getattr(tokenizer, 'chat_template', None): raise ValueError(f"the tokenizer {_name(tokenizer)} has no chat template: give plain texts, or set its `chat_template`")
-    kwargs, continued = dict(enable_thinking=False) | template_kwargs | dict(add_generation_prompt=add_generation_prompt), None
+    kwargs, continued, messages = dict(enable_thinking=False) | template_kwargs | dict(add_generation_prompt=add_generation_prompt), None, [_plain(i, m) for i, m in enumerate(messages)]
     if continue_final_message:
         if messages[-1].get('role') != 'assistant' or not isinstance(messages[-1].get('content'), str): raise ValueError(f"continue_final_message continues an answer, but the last message has the role {messages[-1].get('role')!r}: let an assistant message be the last")
         messages, continued = messages[:-1], messages[-1]['content']
@@ -430,13 +448,15 @@ def _check_chat(messages):
         if not isinstance(m.get('role'), str): raise ValueError(f"message {i} has no 'role': {m!r}")
         if 'content' not in m and not m.keys() - {'role'}: raise ValueError(f"message {i} has no 'content': {m!r}")
         if not isinstance(m.get('content'), (str, list, tuple, type(None))): raise ValueError(f"the content of message {i} must be a text, {type(m['content']).__name__} was given")
+        _plain(i, m)
 
 # %% ../nbs/03_align.ipynb #def-label
 def _label(tokenizer, i:int)->str:
     "A token to look at."
     piece, text = tokenizer.convert_ids_to_tokens(int(i)), tokenizer.decode([int(i)])
     if piece.startswith('▁') and not text.startswith(' '): text = ' ' + text
-    return text.translate({ord(' '): '·', ord('\n'): '⏎', ord('\t'): '⇥'}) or '∅'
+    text = text.translate({ord(' '): '·', ord('\n'): '⏎', ord('\t'): '⇥'}) or '∅'
+    return ''.join(chr(0x2400 + ord(c)) if c < ' ' else '␡' if c == '\x7f' else '\ufffd' if unicodedata.category(c) in ('Cc', 'Cs') or ord(c) & 0xfffe == 0xfffe else c for c in text)     # what XML forbids is shown as its picture
 
 # %% ../nbs/03_align.ipynb #def-alignmentpicture
 class AlignmentPicture:
@@ -778,6 +798,8 @@ def from_pretrained(cls:C2CProcessor,
         raise ValueError(f"{file} is not the config of a C2CProcessor (strategies and tokenizers, one for each sharer, should be in it)")
     if config.get('format_version') != 1: raise ValueError(f"{file} has format version {config.get('format_version')!r}, this c2c_nb reads 1: upgrade c2c_nb")
     parts = {'receiver_tokenizer': config.get('receiver_tokenizer')} | {f'sharer_tokenizers/{j}': f for j, f in enumerate(config['sharer_tokenizers'])}
+    for part in parts:
+        if not (folder/part).is_dir(): raise FileNotFoundError(f"there is no folder {folder/part}, which {PROCESSOR_CONFIG} speaks of: the processor is incomplete, save or download it again")
     tokenizers = {p: load_tokenizer(folder/p) for p in parts}
     if wrong := [f"{p} has {found}, {PROCESSOR_CONFIG} says {parts[p]}" for p, t in tokenizers.items() if (found := tokenizer_fingerprint(t)) != parts[p]]:
         raise ValueError(f"{folder}: fingerprints of tokenizers differ, so they come from different saves, or were damaged or edited; save the processor again\n  " + '\n  '.join(wrong))

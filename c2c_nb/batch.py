@@ -133,13 +133,14 @@ def deal(
     rows:list, # of a step
     batch_size:int, # rows at once, on one process
     processes:int=1, # that share the step
-)->list[list[list]]: # for each process its micro-batches, as many as the others have
-    "Share the rows of a step. Raises `ValueError` where there are fewer rows than processes."
+    size:int|None=None, # rows of a whole step, if this one may have fewer; None: it is whole
+)->list[list[list]]: # for each process its micro-batches, as many as the others have; the last one may be empty
+    "Share the rows of a step, in the same micro-batches whatever the number of processes. Raises `ValueError` where there are fewer rows than processes."
     if len(rows) < processes: raise ValueError(f"{len(rows)} rows for {processes} processes: each needs at least one")
-    bites = processes*math.ceil(len(rows)/(processes*batch_size))
-    size, more = divmod(len(rows), bites)
-    starts = [k*size + min(k, more) for k in range(bites + 1)]
-    parts = [rows[a:b] for a, b in zip(starts, starts[1:])]
+    bites = processes*math.ceil((size or len(rows))/(processes*batch_size))
+    each, more = divmod(len(rows), bites)
+    starts = [k*each + min(k, more) for k in range(bites + 1)]
+    parts = [rows[a:b] for a, b in zip(starts, starts[1:])][:processes*math.ceil(min(len(rows), bites)/processes)]
     return [parts[p::processes] for p in range(processes)]
 
 # %% ../nbs/06c_batch.ipynb #def-batches
@@ -168,7 +169,7 @@ class Batches:
     )->list[list[int]]: # micro-batches of row numbers
         "What this process reads in a step."
         epoch, k = divmod(n, self.steps_per_epoch)
-        return deal(self.epoch(epoch)[k], self.batch_size, self.processes)[self.rank]
+        return deal(self.epoch(epoch)[k], self.batch_size, self.processes, self.size)[self.rank]
     def read(self, n): "The rows themselves, each with its number."; return [[self.rows[i] | dict(index=i) for i in bite] for bite in self.step(n)]
 
 # %% ../nbs/06c_batch.ipynb #def-streambatches
@@ -190,14 +191,14 @@ class StreamBatches:
                 for step in epoch_batches(lengths, self.size, self.seed, pools, self.bucket):
                     if len(step) >= self.processes: found = True; yield [pool[i] for i in step]
                 pools += 1
-            if not found: raise ValueError("the stream gives no rows that could be used: look at the data set's report")
+            if not found: raise ValueError("the stream gives no rows to train on: look at the data set's report, and whether it is so short that all of it is held out (unless validation.share is 0)")
             epoch += 1
     def read(self, n):
         "The rows of step `n`. Steps are read in order; going back starts the stream again."
         if self._steps is None or n < self.at: self._steps, self.at = self._all(), 0
         while True:
             rows, self.at = next(self._steps), self.at + 1
-            if self.at > n: return deal(rows, self.batch_size, self.processes)[self.rank]
+            if self.at > n: return deal(rows, self.batch_size, self.processes, self.size)[self.rank]
 
 # %% ../nbs/06c_batch.ipynb #def-drop-sharers
 def drop_sharers(

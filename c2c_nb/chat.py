@@ -89,7 +89,8 @@ def check_templates(
 ):
     "Raises `ValueError` where no chat can be rendered."
     if processor is None: raise ValueError("there are no tokenizers, neither beside the fuser nor beside its models: write them with C2CModel(..., processor=C2CProcessor(receiver_tokenizer, sharer_tokenizers)).save_pretrained(folder)")
-    missing = [who for who, t in (('receiver', processor.receiver_tokenizer), *((f'sharer {j}', t) for j, t in enumerate(processor.sharer_tokenizers))) if not getattr(t, 'chat_template', None)]
+    who = [('receiver', processor.receiver_tokenizer)] + [(f'sharer {j}', t) for j, (t, s) in enumerate(zip(processor.sharer_tokenizers, processor.strategies)) if s != 'shared']     # who shares ids reads the receiver's template
+    missing = [name for name, t in who if not getattr(t, 'chat_template', None)]
     if missing: raise ValueError(f"the tokenizer of {' and of '.join(missing)} has no chat template, so these models cannot chat: set tokenizer.chat_template and save the processor again, or choose instruction-tuned models")
 
 # %% ../nbs/13b_chat.ipynb #def-alone
@@ -142,6 +143,7 @@ def ask(self:Chat,
             text = words.said
             self.write(' [stopped]')
             if not text: self.write('\n'); continue
+        except BrokenPipeError: raise                            # nobody is listening any more
         except Exception as e: self.write(f'[no answer, the question is taken back: {e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"}]\n'); continue
         self.talks[side] = Talk(asked + [dict(role='assistant', content=text)], talk.cache if cache is None else cache)
         self.write('\n')
@@ -209,7 +211,8 @@ def do_save(self:Chat, argument=''):
         staging = file.with_name(f'.{file.name}-{secrets.token_hex(4)}')
         try: staging.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding='utf-8'); os.replace(staging, file)
         finally: staging.unlink(missing_ok=True)
-    except (OSError, ValueError) as e: self.write(f'not saved: {e}\n'); return
+    except OSError as e: self.write(f'not saved: {file}: {e.strerror or e}\n'); return     # the error names a temporary file
+    except ValueError as e: self.write(f'not saved: {e}\n'); return
     self.write(f'saved: {file}\n')
 
 # %% ../nbs/13b_chat.ipynb #def-load

@@ -27,7 +27,7 @@ from torch.func import vmap
 from transformers import PreTrainedModel
 
 from .cache import KVGeometry, check_rope
-from .hub import CARD_MARK, check_tensors, local_folder, model_card, read_json
+from .hub import CARD_MARK, check_tensors, local_folder, model_card, read_json, results_table
 from .projector import Projector, get_projector
 from .published import PUBLISHED, read_published
 
@@ -462,7 +462,7 @@ def save_pretrained(self:Fuser,
     if folder.exists() and not folder.is_dir(): raise FileExistsError(f"{folder} is a file; give the name of a folder")
     if folder.is_dir() and any(folder.iterdir()):
         try: ours = {'projector', 'layer_map', 'format_version'} <= dict(json.loads((folder/CONFIG).read_text())).keys()
-        except (OSError, ValueError, TypeError): ours = False
+        except (OSError, ValueError, TypeError, RecursionError): ours = False
         if not ours: raise FileExistsError(f"{folder} exists and does not hold a fuser; nothing was written. Choose another folder, or empty this one")
     card = self.generate_model_card(**{'name': repo_id or folder.name} | (model_card_kwargs or {}))
     names = [WEIGHTS, CONFIG] + [CARD]*(not (folder/CARD).exists() or CARD_MARK in (folder/CARD).read_text(errors='replace'))
@@ -480,6 +480,22 @@ def save_pretrained(self:Fuser,
     finally: shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub: return self.push_to_hub(repo_id=repo_id or folder.name, **kwargs)
 
+# %% ../nbs/02_fuser.ipynb #def-wrong-fields
+def _wrong_fields(
+    raw:dict, # what a `config.json` holds
+)->list[str]: # what is wrong with it
+    "Fields of a fuser's config that are of a kind which they cannot be."
+    wrong = []
+    def look(where, part, kinds): wrong.extend(f"{where}{k} is {part[k]!r:.60}" for k, kind in kinds.items() if not isinstance(part.get(k), (kind, type(None))))
+    look('', raw, dict(projector=str, projector_args=dict, receiver=dict, sharer=dict, receiver_tokenizer=str, sharer_tokenizer=str, training=dict, fingerprint=str))
+    inner = lambda k: raw[k] if isinstance(raw.get(k), dict) else {}
+    for role in ('receiver', 'sharer'): look(f"{role}'s ", inner(role), dict(name=str, revision=str, model_type=str, hidden_size=int, vocab_size=int, weights=str))
+    look("training's ", training := inner('training'), dict(imported_from=str, datasets=list, results=list))
+    if isinstance(training.get('results'), list):
+        try: results_table(training['results'])
+        except ValueError as e: wrong.append(f"training's {e}")
+    return wrong
+
 # %% ../nbs/02_fuser.ipynb #def-from-pretrained
 @patch(cls_method=True)
 def _from_pretrained(cls:Fuser, *, model_id, map_location='cpu', dtype=None, **kwargs):
@@ -493,7 +509,7 @@ def _from_pretrained(cls:Fuser, *, model_id, map_location='cpu', dtype=None, **k
     if not isinstance(raw, dict) or not isinstance(raw.get('layer_map'), list): raise ValueError(f"{folder/CONFIG} is not the config of a fuser (no layer map in it)")
     if raw.get('format_version') not in range(1, FuserConfig.format_version + 1):
         raise ValueError(f"{folder/CONFIG} has format version {raw.get('format_version')!r}, this c2c_nb reads 1 to {FuserConfig.format_version}: upgrade c2c_nb")
-    if wrong := [f'{k} is {raw[k]!r}' for kind, names in ((dict, ('receiver', 'sharer', 'training')), (str, ('receiver_tokenizer', 'sharer_tokenizer'))) for k in names if not isinstance(raw.get(k), (kind, type(None)))] + [f"{k}'s name is {f['name']!r}" for k in ('receiver', 'sharer') if isinstance(f := raw.get(k), dict) and not isinstance(f.get('name'), (str, type(None)))]:
+    if wrong := _wrong_fields(raw):
         raise ValueError(f"{folder/CONFIG} does not describe a fuser ({', '.join(wrong)}): it was written by another version, or edited")
     try:
         with torch.device('meta'): fuser = cls(FuserConfig(**raw))
@@ -504,7 +520,7 @@ def _from_pretrained(cls:Fuser, *, model_id, map_location='cpu', dtype=None, **k
             sizes = {n: f.get_slice(n) for n in f.keys()}
             check_tensors(fuser, {n: torch.empty(s.get_shape(), device='meta') for n, s in sizes.items()}, str(folder/WEIGHTS))
             tensors = {n: f.get_tensor(n) for n in sizes}
-    except SafetensorError as e: raise ValueError(f"{folder/WEIGHTS} cannot be read ({e}): the file is truncated or is not a safetensors file") from e
+    except (OSError, SafetensorError) as e: raise ValueError(f"{folder/WEIGHTS} cannot be read ({e}): the file is truncated, may not be read, or is not a safetensors file") from e
     check_tensors(fuser, tensors, str(folder/WEIGHTS))
     fuser.load_state_dict(tensors, assign=True)
     if fuser.config.fingerprint != (found := fuser.fingerprint()):
@@ -545,6 +561,7 @@ def from_published(cls:Fuser,
     **hub, # keywords of `huggingface_hub.snapshot_download`, such as `revision`
 )->Fuser: # in evaluation mode
     "Import a checkpoint in the official project's layout. Raises `FileNotFoundError`, `ValueError` or `KeyError` (unknown projector class) saying what is wrong."
+    subfolder = (subfolder or '').strip('/') or None
     recipe = f'{Path(subfolder).parent.as_posix()}/{CONFIG}'.removeprefix('./') if subfolder else None
     found = read_published(local_folder(name, ('projector_*', 'projector_config.json'), subfolder, (recipe,) if recipe else (), **hub), sharer)
     receiver, sharer_ = ({'name': n} if n else None for n in found.names)

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 
@@ -25,11 +25,13 @@ def local_folder(
     **hub, # keywords of `huggingface_hub.snapshot_download`, such as `revision`, `token` or `cache_dir`
 )->Path: # the folder that holds `files`
     "A local folder, or the download of one from the hub. Raises `FileNotFoundError`."
-    if Path(name).is_dir(): return Path(name, subfolder or '')
+    subfolder = (subfolder or '').strip('/')
+    if Path(name).is_dir(): return Path(name, subfolder)
     if Path(name).exists(): raise FileNotFoundError(f"{name} is a file; give the folder that holds {', '.join(files)}")
     if str(name).count('/') > 1 or str(name).startswith(('.', '/', '~')): raise FileNotFoundError(f"there is no folder {name}")
     prefix = f'{subfolder}/' if subfolder else ''
-    try: return Path(snapshot_download(str(name), allow_patterns=[prefix + f for f in files] + list(also), **hub), subfolder or '')
+    try: return Path(snapshot_download(str(name), allow_patterns=[prefix + f for f in files] + list(also), **hub), subfolder)
+    except GatedRepoError as e: raise FileNotFoundError(f"the repository {name} is gated, and you have no access to it: ask for access at https://huggingface.co/{name}, and log in (hf auth login)") from e
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as e: raise FileNotFoundError(f"there is no folder {name}, and no such repository could be had from the hub ({str(e).splitlines()[0]})") from e
 
 # %% ../nbs/01b_hub.ipynb #def-read-json

@@ -49,7 +49,10 @@ def read_published_tensors(
     except FileNotFoundError: raise FileNotFoundError(f"{file} is missing: the checkpoint folder is incomplete") from None
     except pickle.UnpicklingError as e: raise ValueError(f"{file} holds something else than tensors, which could run code on loading, and was not loaded. Get the checkpoint from a source you trust") from e
     except Exception as e: raise ValueError(f"{file} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}): truncated, or not a PyTorch file") from e
-    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) and t.layout == torch.strided and t.device.type == 'cpu' for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of dense tensors")
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()): raise ValueError(f"{file} does not hold a state dict of tensors")
+    plain = lambda t: t.layout == torch.strided and t.device.type == 'cpu' and t.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if odd := [f"{n} is {str(t.dtype).removeprefix('torch.')}, {str(t.layout).removeprefix('torch.')}, on {t.device.type}" for n, t in state.items() if not plain(t)]:
+        raise ValueError(f"{file} holds weights that cannot be read ({'; '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}): dense tensors of type float16, bfloat16, float32 or float64 are expected")
     return state
 
 # %% ../nbs/01c_published.ipynb #ablation-levels

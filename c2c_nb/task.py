@@ -25,7 +25,7 @@ from .fuser import Fuser, map_layers
 from .model import C2CModel, plain_head
 from .projector import exponential_temperature, get_projector, linear_temperature
 from .recipe import ModelRecipe, TrainRecipe
-from .store import Store, build_store, fill_cache, gather_rows
+from .store import Store, build_store, fill_cache, gather_rows, store_parts
 from .toy import build_models, get_world
 
 # %% ../nbs/06g_task.ipynb #def-task
@@ -35,6 +35,7 @@ class Task:
     processor:C2CProcessor
     follow = False # do sharers read the answers?
     prefetch = True # may the next step be prepared while this one runs?
+    sparse = False # may a step leave parameters without a gradient?
 
     def __init__(self, recipe:TrainRecipe): self.recipe = recipe
     def describe(self)->dict: "What can be told before any weight is loaded. Raises `ValueError` for parts that do not fit."; raise NotImplementedError
@@ -119,7 +120,7 @@ def memory(
         few, n = 8, [0, 0]
         fuser = Fuser(fuser.config).to('meta').train() if fuser.device.type != 'meta' else fuser.train()
         kv = lambda g, t: [tuple(torch.empty(1, h, t, d, device='meta', requires_grad=True) for _ in (0, 1)) if h else None for h, d in map(g.layer, range(g.layers))]
-        of = lambda t: saved_bytes(lambda: fuser(kv(fuser.sharer_geometry, t), kv(fuser.receiver_geometry, t)), list(fuser.parameters()))
+        of = lambda t: saved_bytes(lambda: fuser(kv(fuser.sharer_geometry, t), kv(fuser.receiver_geometry, t), [(j is not None,)*2 for j in fuser.layer_map]), list(fuser.parameters()))
         return (of(2*few) - of(few))/few
     return {'frozen models': gb*dtype.itemsize*frozen, 'fusers, gradients and AdamW (16 bytes a parameter)': gb*16*learned, 'caches of the longest rows': gb*caches, 'what the fusers keep for the gradient': gb*sum(map(activations, fusers))*t*rows,
         'logits, with their gradient': gb*3*4*min(1024, t*rows)*models[0].config.get_text_config(decoder=True).vocab_size}
@@ -166,6 +167,7 @@ class FuserTask(Task):
         if 'sharer' not in t.freeze: raise ValueError(f"training.freeze is {t.freeze}: a sharer is always frozen, since it is read without a gradient; add 'sharer', or train it with the recipe's `finetune`")
         self.learns_receiver = 'receiver' not in t.freeze
         if 'fuser' in t.freeze and not self.learns_receiver: raise ValueError(f"training.freeze is {t.freeze}: nothing is left to learn")
+        if t.store and (self.follow or self.learns_receiver): raise ValueError("training.store keeps what frozen models make of a prompt, which does not go with follow_response or a receiver that learns: leave it out")
         self.sources = None if models else sources(m)
         tokenizers = None if models else [s.tokenizer for s in self.sources]
         self.processor = processor or C2CProcessor(tokenizers[0], tokenizers[1:], m.alignment)
@@ -176,9 +178,10 @@ class FuserTask(Task):
         geometries, names = [KVGeometry.of(x) for x in empty], [s.name for s in self.sources] if self.sources else [x.config.name_or_path or type(x).__name__ for x in self.models]
         with torch.device('meta'):
             fusers = [open_fuser(f) for f in m.fusers] if m.fusers else [Fuser.from_models(empty[0], s, m.projector.type, m.layer_map, m.key_space, **_projector_args(r)) for s in empty[1:]]
+        if r.training.store: store_parts(empty, fusers)
         for f, s, name in zip(fusers, geometries[1:], names[1:]):
             if f.receiver_geometry != geometries[0] or f.sharer_geometry.layers > s.layers: raise ValueError(f"the fuser for {name} is made for a receiver of {f.receiver_geometry} and a sharer of {f.sharer_geometry}, these are {geometries[0]} and {s}")
-        dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}.get(m.dtype) or getattr(empty[0].config, 'dtype', None) or torch.float32
+        dtype = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}.get(m.dtype) or (self.models[0].dtype if self.models else getattr(empty[0].config, 'dtype', None)) or torch.float32
         return dict(receiver=f'{names[0]}: {geometries[0]}', **{f'sharer {j}': f'{n}: {g}' for j, (n, g) in enumerate(zip(names[1:], geometries[1:]))}, tokenizers=repr(self.processor),
             fusers=[f'{f.config.projector}, {sum(p.numel() for p in f.parameters()):,} parameters, layer map {f.layer_map}' for f in fusers], memory={k: round(v, 3) for k, v in memory(fusers, empty, r, dtype).items()})
 
@@ -196,6 +199,7 @@ class FuserTask(Task):
         self.c2c.fusers.requires_grad_('fuser' not in r.training.freeze)
         self.model = Objective(self.c2c).train()
         self.prefetch = all(f.soft for f in self.c2c.fusers)    # hard gates decide what is computed, so a step cannot be planned before the one in front of it is done
+        self.sparse = len(models) > 2 or not self.prefetch      # behind a closed gate, and of a sharer that a process does not hear, nothing is computed
         self.model.eval()
 
     def groups(self):
@@ -219,10 +223,10 @@ class FuserTask(Task):
     def prepare(self, rows, key, progress):
         t = self.recipe.training
         if not t.store: return
-        if self.follow or self.learns_receiver: raise ValueError("training.store keeps what frozen models make of a prompt, which does not go with follow_response or a receiver that learns: leave it out")
         if callable(rows): raise ValueError("training.store needs all rows beforehand, a stream has none: leave it out")
-        self.store = Store(t.store, self.c2c, key)
-        build_store(self.store, lambda part: self.inputs(part, -1)[0][0], rows, t.store_gb, progress=progress)
+        with torch.autocast(self.c2c.device.type, torch.bfloat16, enabled=t.precision == 'bf16'):      # as in training
+            self.store = Store(t.store, self.c2c, rows)
+            build_store(self.store, t.store_gb, progress=progress)
 
     def before_step(self, step, steps):
         g = self.recipe.training.gates
@@ -263,7 +267,7 @@ def dynamic_weights(
     batch:dict, # from the processor
 )->list[dict]: # for each sharer, 'key' and 'value': mean weight in every receiver layer, None where nothing is fused
     "How much of what a fuser proposes is taken over, on average over the positions that are fused."
-    plan = c2c.plan(**{k: v for k, v in batch.items() if k != 'labels'})
+    plan = c2c.plan(**{k: v for k, v in batch.items() if k != 'labels'}, align='section')     # no answer begins before all prompts are over
     plan.gates = [[(j is not None,)*2 for j in f.layer_map] for f in c2c.fusers]
     out, work = [], c2c.new_cache()
     found = [[] for _ in c2c.fusers]

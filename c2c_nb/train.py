@@ -54,6 +54,7 @@ def load_data(
     reports = dict(rows=read, samples=encoded)
     if data.streaming:
         if t.steps is None: raise ValueError("a stream has no end: say how many steps to train with training.steps")
+        if t.store: raise ValueError("training.store needs all rows beforehand, a stream has none: leave it out")
         n = HELD_OUT_OF_STREAM if v.share else 0
         held_out = [row for _, row in zip(range(n), rows)]
         def again(epoch):
@@ -103,8 +104,8 @@ class Trainer:
         given, recipe = recipe.check(resume or force), recipe.expanded()
         self.recipe, self.progress, t = recipe, progress, recipe.training
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
-        several = recipe.model is not None and (t.sharer_dropout > 0 or t.gates.noise is None or 'fuser' in t.freeze)     # not every parameter has a gradient in every step
-        self.acc = Accelerator(log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=several)])
+        self.ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp])
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
         self._check_folder(resume, force)
         if task is None: task = make_task(recipe)
@@ -144,6 +145,7 @@ def start(self:Trainer):
     self.identity['models'] = task.fingerprints()
     with self.acc.main_process_first(): task.prepare(self.batches.rows if isinstance(self.batches, Batches) else self.batches.make, str(self.identity['data']), self.progress and self.main)
     adamw = torch.optim.AdamW(task.groups(), lr=t.learning_rate, betas=tuple(t.betas), eps=t.eps, weight_decay=t.weight_decay, fused=True)
+    self.ddp.find_unused_parameters = task.sparse
     self.model, self.opt = self.acc.prepare(task.model, adamw)
     self.params = [p for g in self.opt.param_groups for p in g['params']]
     self.schedule = make_scheduler(t, adamw, self.steps)
@@ -192,12 +194,12 @@ def train_step(self:Trainer,
     self.task.before_step(self.step, self.steps)
     total = self.acc.reduce(torch.tensor(float(sum(labels for _, labels, _ in bites)), device=device), 'sum')     # labels of the step, over all processes
     summed = torch.zeros((), device=device)
-    for k, (inputs, _, tokens) in enumerate(bites):
+    for k, (inputs, labels, tokens) in enumerate(bites):
         torch.manual_seed(bite_seed(t.seed, self.step, k*processes + self.rank))
         with self.acc.no_sync(self.model) if k < len(bites) - 1 else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == 'bf16'): loss = self.model(self.task.send(inputs, device))
-            self.acc.backward(loss*processes/total)              # what processes have is averaged, not summed
-        summed += loss.detach()
+            self.acc.backward(loss*(processes if labels else 0)/total)     # what processes have is averaged, not summed
+        if labels: summed += loss.detach()
         self.tokens += tokens
     self.norms.append(self.acc.clip_grad_norm_(self.params, t.max_grad_norm or math.inf).detach())
     self.losses.append(summed/total)
@@ -210,7 +212,8 @@ def train_step(self:Trainer,
 @patch
 def _bites(self:Trainer, step):
     "Read and lay out what this process has to do in a step."
-    return [self.task.inputs(rows, step) for rows in self.batches.read(step)]
+    bites = self.batches.read(step)
+    return [self.task.inputs(rows, step) if rows else (self.task.inputs(bites[0][:1], step)[0], 0, 0) for rows in bites]     # a process without a row left takes part with one that does not count
 
 # %% ../nbs/07_train.ipynb #def-fit
 @patch
@@ -222,20 +225,23 @@ def fit(self:Trainer)->dict: # the summary
     devices = [self.acc.device] if self.acc.device.type == 'cuda' else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), ThreadPoolExecutor(1) as thread:
         self.task.train(True)
-        clock = time.perf_counter()
-        while self.step < self.steps and not self.stopped:
-            bites = ahead.result() if ahead else self._bites(self.step)
-            ahead = thread.submit(self._bites, self.step + 1) if self.task.prefetch and self.step + 1 < self.steps else None
-            self.train_step(bites)
-            bar.update()
-            every = lambda n: bool(n) and self.step % n == 0 or self.step == self.steps
-            log, validate, save = every(o.log_every), every(v.every), every(o.save_every)
-            if log or validate or save: self.seconds += time.perf_counter() - clock; self._log(bar)
-            if validate: save = self._validate() and o.keep_best or save
-            if save: self._save()
-            if log or validate or save: clock = time.perf_counter()
-        if ahead: ahead.cancel()
-    bar.close()
+        try:
+            clock = time.perf_counter()
+            while self.step < self.steps and not self.stopped:
+                bites = ahead.result() if ahead else self._bites(self.step)
+                ahead = thread.submit(self._bites, self.step + 1) if self.task.prefetch and self.step + 1 < self.steps else None
+                self.train_step(bites)
+                bar.update()
+                every = lambda n: bool(n) and self.step % n == 0 or self.step == self.steps
+                log, validate, save = every(o.log_every), every(v.every), every(o.save_every)
+                if log or validate or save: self.seconds += time.perf_counter() - clock; self._log(bar)
+                if validate: save = self._validate() and o.keep_best or save
+                if save: self._save()
+                if log or validate or save: clock = time.perf_counter()
+        finally:
+            self.task.train(False)
+            if ahead: ahead.cancel()
+            bar.close()
     return self._finish()
 
 # %% ../nbs/07_train.ipynb #def-log

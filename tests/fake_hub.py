@@ -5,8 +5,8 @@ from urllib.parse import unquote, urlparse
 
 
 class Hub:
-    "What the server holds: for each repository its commits, {revision: {path: bytes}}, `main` being a name of the last one; and the requests made."
-    def __init__(self): self.repos, self.asked = {}, []
+    "What the server holds: for each repository its commits, {revision: {path: bytes}}, `main` being a name of the last one; which are gated; and the requests made."
+    def __init__(self): self.repos, self.gated, self.asked = {}, set(), []
 
     def commit(self, repo:str, files:dict, branch:str='main') -> str:
         "Add files, as a commit."
@@ -35,7 +35,7 @@ def fake_hub():
             self.end_headers()
             if self.command != 'HEAD': self.wfile.write(body)
 
-        def missing(self, kind): self.answer({'error': kind}, 404, X_Error_Code=kind)
+        def missing(self, kind, code=404): self.answer({'error': kind}, code, X_Error_Code=kind)
 
         def read(self):
             if self.headers.get('Transfer-Encoding') != 'chunked': return self.rfile.read(int(self.headers.get('Content-Length') or 0))
@@ -49,6 +49,7 @@ def fake_hub():
             hub.asked.append(f'{self.command} {path}')
             if m := re.fullmatch(r'/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree)/([^/]+))?(?:/.*)?', path):
                 repo, what, revision = m[1], m[2], m[3] or 'main'
+                if repo in hub.gated: return self.missing('GatedRepo', 403)
                 if repo not in hub.repos: return self.missing('RepoNotFound')
                 if revision not in hub.repos[repo]: return self.missing('RevisionNotFound')
                 files = hub.repos[repo][revision]
@@ -56,6 +57,7 @@ def fake_hub():
                 return self.answer(dict(id=repo, sha=hub.sha(repo, revision), siblings=[dict(rfilename=n) for n in files], private=False, disabled=False, gated=False, downloads=0, likes=0, tags=[]))
             if m := re.fullmatch(r'/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)', path):
                 repo, revision, name = m.groups()
+                if repo in hub.gated: return self.missing('GatedRepo', 403)
                 if repo not in hub.repos: return self.missing('RepoNotFound')
                 if revision not in hub.repos[repo]: return self.missing('RevisionNotFound')
                 if name not in hub.repos[repo][revision]: return self.missing('EntryNotFound')

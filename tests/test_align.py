@@ -1,5 +1,6 @@
 "Tokens, texts, chats and batches aligned: equal to the official results, and right on everything that people write."
-import copy, itertools, json, os, re, shutil, unicodedata
+import copy, itertools, json, math, os, re, shutil, unicodedata
+import xml.etree.ElementTree as xml
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from c2c_nb import align
 from c2c_nb.fuser import tokenizer_fingerprint
-from c2c_nb.align import C2CProcessor, TokenAligner, load_tokenizer, read_chat, read_text, shared_vocabulary
+from c2c_nb.align import C2CProcessor, TokenAligner, load_tokenizer, read_chat, read_text, shared_vocabulary, show_alignment
 from conftest import shared_path
 
 transformers.logging.set_verbosity_error()
@@ -143,6 +144,17 @@ def test_loading_keeps_special_tokens_and_template(assets, name):
 def test_loading_nothing(tmp_path):
     for name in (tmp_path, tmp_path/'absent'):
         with pytest.raises(FileNotFoundError, match='tokenizer|no folder'): load_tokenizer(name)
+
+
+def test_gated_repositories(monkeypatch):
+    "They are said to be gated, not to be absent; other refusals keep the hub's own words. (With the real client: test_hub.py.)"
+    import httpx2
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    answer = httpx2.Response(403, request=httpx2.Request('GET', 'https://huggingface.co'))
+    for error, says in (GatedRepoError, 'the repository me/it is gated.*ask for access.*hf auth login'), (RepositoryNotFoundError, 'no folder me/it, and no such repository'), (RevisionNotFoundError, "does not give that repository's tokenizer: why"):
+        def refuse(*args, **kwargs): raise error('why', response=answer)
+        monkeypatch.setattr(align, 'hf_hub_download', refuse)
+        with pytest.raises(FileNotFoundError, match=says): load_tokenizer('me/it')
 
 
 # the official results
@@ -362,6 +374,91 @@ def test_templates_that_drop_move_repeat_or_look():
     assert check.pairing == sorted(check.pairing)
 
 
+@pytest.mark.parametrize('answers', [1, 2])
+def test_a_long_chat_with_an_odd_answer_is_rendered_few_times(answers):
+    "One message that the template changes must not cost a rendering for each of the others."
+    render = lambda counts: lambda ms: counts.append(1) or ''.join(f"[{m['content'].split('</think>')[-1]}]" for m in ms)
+    times = {}
+    for n in 64, 512:
+        odd = [n//3, n - 5][:answers]
+        chat = talk(*(f'<think>so</think>answer {i}' if i in odd else f'message {i}' for i in range(n)))
+        text, counts = render([])(chat), []
+        spans = align._locate(render(counts), chat, text)
+        assert [text[a:b] for a, b, _ in spans] == [m['content'].split('</think>')[-1] for m in chat]
+        times[n] = len(counts)
+        assert len(counts) <= answers*(2*math.log2(n) + 3), times
+    assert times[512] - times[64] <= answers*2*3 + 2, times       # three more halvings
+
+
+def test_a_long_chat_with_thoughts(assets):
+    "The same with Qwen3's template, which cuts old thoughts out."
+    t, calls = copy.copy(tokenizer('qwen3')), []
+    t.apply_chat_template = lambda *args, **kwargs: calls.append(1) or tokenizer('qwen3').apply_chat_template(*args, **kwargs)
+    chat = talk(*(f'<think>\nhmm\n</think>\n\nanswer {i}' if i == 41 else f'message {i}' for i in range(129)))
+    r = read_chat(t, chat)
+    assert len(calls) < 25 and [r.text[a:b] for a, b, _ in r.spans] == [f'answer {i}' if i == 41 else f'message {i}' for i in range(129)]
+
+
+def in_parts(chat, k=2):
+    "Contents cut into parts of text."
+    return [{**m, 'content': [dict(type='text', text=m['content'][i*len(m['content'])//k:(i+1)*len(m['content'])//k]) for i in range(k)]} for m in chat]
+
+
+@pytest.mark.parametrize('pair', [('small', 'pieces'), ('qwen3', 'phi-3-mini'), ('gpt2', 'gpt-neox-20b')], ids=str)
+def test_contents_in_parts(pair):
+    "Parts of text are read as the whole text, so that messages are found; with templates that know parts, and those that do not."
+    pair = [tokenizer(p) for p in pair]
+    for name, chat in nasty.items():
+        if name == 'system' and pair[0] is tokenizer('gpt2'): continue
+        a = TokenAligner(*pair).align_chat(chat)
+        for k in 1, 2, 3:
+            b = TokenAligner(*pair).align_chat(in_parts(chat, k))
+            assert (a.receiver.text, a.receiver.spans, a.sharer.spans, a.pairing) == (b.receiver.text, b.receiver.spans, b.sharer.spans, b.pairing), (name, k)
+    processor = C2CProcessor(pair[0], pair[1:])
+    for kw in dict(), dict(continue_final_message=True):
+        chat = talk('Hi there', 'Hello')[:1 + len(kw)]
+        for x, y in zip(processor(chat, **kw).values(), processor(in_parts(chat), **kw).values()): assert str(x) == str(y)
+
+
+@pytest.mark.parametrize('part,says', [(dict(type='image', url='cat.png'), 'image'), (dict(type='image_url', image_url=dict(url='x')), 'image_url'), (dict(type='text'), 'text'), (dict(type='text', text=5), 'text'), (dict(text='x'), 'text'), ('Hi', 'str'), (None, 'NoneType'), (dict(), '')], ids=str)
+def test_parts_that_are_no_text(part, says):
+    chat = talk('Hi', 'Hello', 'See?')
+    chat[2]['content'] = [dict(type='text', text='See?'), part]
+    small = tokenizer('small')
+    for read in lambda: read_chat(small, chat), lambda: TokenAligner(small, small).align_chat(chat), lambda: C2CProcessor(small, [small])(chat), lambda: C2CProcessor(small, [tokenizer('pieces')])([talk('x'), chat]):
+        with pytest.raises(ValueError, match='the content of message 2 has a part that is no text') as e: read()
+        assert f'({says})' in str(e.value) and 'Leave the others out' in str(e.value)
+
+
+def test_advice_to_what_a_template_refuses():
+    "Messages of tools, contents that are None."
+    with pytest.raises(ValueError, match=r'refuses these messages \(roles user, assistant\).*a text into every content that is None'): read_chat(tokenizer('small'), [*user('x'), dict(role='assistant', content=None, tool_calls=[])])
+    picky = with_template('small', "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ValueError, match='no tools.*what a tool has said into a user message'): read_chat(picky, [*user('x'), dict(role='tool', content='1')])
+
+
+@pytest.mark.parametrize('half', ['\ud83d', '\udc1f', 'ok \ud83d then', '\udc1f\ud83d'], ids=ascii)
+def test_half_characters(half):
+    "Said to be what they are, wherever they stand."
+    small, pieces = tokenizer('small'), tokenizer('pieces')
+    p = C2CProcessor(small, [pieces])
+    for read in lambda: read_text(small, half), lambda: read_chat(small, talk('Hi', half, 'x')), lambda: p(half), lambda: p([user('x'), user(half)]), lambda: p(talk('Hi', half), continue_final_message=True), lambda: p('Hi', answers=half), lambda: TokenAligner(small, pieces).align_text(half):
+        with pytest.raises(ValueError, match=r"lone surrogate \('.ud") as e: read()
+        assert not isinstance(e.value, UnicodeError)
+    whole = half.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')     # as the message advises
+    assert p(whole)['input_ids'].numel() and p('\U0001f41f')['input_ids'].numel()
+
+
+def test_a_picture_of_control_characters():
+    "It stays XML."
+    aligner = TokenAligner(tokenizer('small'), tokenizer('pieces'))
+    text = ''.join(map(chr, range(1, 32))) + '\x00\x7f\x80\x9f\ufffe\uffff\U0001fffe a<&>"'
+    for x in text, user(text):
+        labels = [e.text for e in xml.fromstring(show_alignment(aligner, x).svg).iter('{http://www.w3.org/2000/svg}text')]
+        assert {'␀', '␁', '␛', '␟', '␡', '⏎', '⇥', '<', '&'} <= set(labels)
+        assert all(c.isprintable() for label in labels for c in label)
+
+
 def test_markers_do_not_meet_the_text():
     r = read_chat(tokenizer('small'), talk('c2cmarkx0end', 'c2cmarkxx1end c2cmarkx'))
     assert [r.text[a:b] for a, b, _ in r.spans] == ['c2cmarkx0end', 'c2cmarkxx1end c2cmarkx']
@@ -473,6 +570,39 @@ def test_one_vocabulary(assets):
     with pytest.raises(ValueError, match="sharer 0 cannot read the receiver's ids.*vocabularies differ"): C2CProcessor(q3, [tokenizer('gpt2')], 'shared')
 
 
+def renamed_added_tokens(name, ids):
+    "A real tokenizer whose added tokens with these ids have other names."
+    spec = json.loads(tokenizer(name).backend_tokenizer.to_str())
+    for t in spec['added_tokens']:
+        if t['id'] in ids: t['content'] = f"<|other_{t['id']}|>"
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), chat_template=plain)
+
+
+def test_added_tokens_that_clash(assets):
+    "The same ids for other tokens: such tokenizers share no ids, whichever is the receiver's."
+    q25, other = tokenizer('qwen2.5'), renamed_added_tokens('qwen2.5', range(151643, 151650))
+    assert q25.convert_tokens_to_ids('<|im_start|>') == other.convert_tokens_to_ids('<|other_151644|>') == 151644
+    wrong, changed = shared_vocabulary(other, q25)
+    assert changed == {} and 'added tokens differ' in wrong[0] and '151643 is <|other_151643|> and <|endoftext|>' in wrong[0] and wrong[0].count(' is ') == 3
+    assert C2CProcessor(q25, [other]).strategies == ['offsets']
+    with pytest.raises(ValueError, match="sharer 0 cannot read the receiver's ids.*added tokens differ"): C2CProcessor(q25, [other], 'shared')
+
+
+def test_added_tokens_of_small_tokenizers():
+    "Clashing: no shared ids. Missing in the sharer: mapped. The same in another order of adding: shared."
+    def with_added(*names):
+        t = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer('small').backend_tokenizer.to_str()))
+        t.add_tokens(list(names))
+        return t
+    a, b, c, none = with_added('<x>', '<y>'), with_added('<y>', '<x>'), with_added('<x>'), with_added()
+    assert shared_vocabulary(a, b)[0] and shared_vocabulary(b, a)[0] and shared_vocabulary(b, c)[0]
+    assert shared_vocabulary(c, a) == ([], {}) and shared_vocabulary(none, a) == ([], {})
+    n = len(none)
+    wrong, changed = shared_vocabulary(a, c)
+    assert not wrong and set(changed) == {n + 1}
+    assert [C2CProcessor(r, [s]).strategies for r, s in ((a, b), (a, c), (c, b))] == [['offsets'], ['shared'], ['offsets']]
+
+
 def test_tokens_generated(assets):
     maps = C2CProcessor(tokenizer('small'), [tokenizer('pieces'), tokenizer('small')]).token_maps()
     assert maps[1] is None and maps[0].tolist() == TokenAligner(tokenizer('small'), tokenizer('pieces'), 'longest').token_map.tolist()
@@ -552,6 +682,52 @@ def test_damaged_processor(tmp_path):
     with pytest.raises(FileNotFoundError, match='sharer_tokenizers'): load()
     (tmp_path/'file').write_text('x')
     with pytest.raises(FileExistsError, match='is a file'): p.save_pretrained(tmp_path/'file')
+
+
+def test_processor_without_a_folder_that_it_speaks_of(tmp_path):
+    "Named, before any tokenizer is loaded; also where there is a file instead."
+    p = C2CProcessor(tokenizer('small'), [tokenizer('pieces'), tokenizer('small-nfc')])
+    for part in 'receiver_tokenizer', 'sharer_tokenizers/0', 'sharer_tokenizers/1':
+        for instead in None, 'a file':
+            folder = tmp_path/part.replace('/', '-')/str(instead)
+            p.save_pretrained(folder)
+            shutil.rmtree(folder/part)
+            if instead: (folder/part).write_text(instead)
+            with pytest.raises(FileNotFoundError, match=re.escape(f'there is no folder {folder/part}, which processor_config.json speaks of')): C2CProcessor.from_pretrained(folder)
+
+
+damaged = dict(empty=b'', half=None, list=b'[]', null=b'null', deep=b'['*100_000, bytes=b'\xff\x00\x01', number=b'5')
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'tokenizer_config.json', 'processor_config.json'])
+@pytest.mark.parametrize('how', damaged)
+def test_damaged_tokenizer_files(tmp_path, name, how):
+    "A message that names folder or file; never an error of the JSON or Rust below."
+    C2CProcessor(tokenizer('small'), [tokenizer('pieces')]).save_pretrained(tmp_path)
+    file = tmp_path/name if name.startswith('processor') else tmp_path/'sharer_tokenizers'/'0'/name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole)//2] if damaged[how] is None else damaged[how])
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(tmp_path))) as e: C2CProcessor.from_pretrained(tmp_path)
+    assert e.type in (FileNotFoundError, ValueError) and ('no tokenizer could be loaded from' in str(e.value) or 'processor_config.json' in str(e.value))
+
+
+@pytest.mark.parametrize('change', [dict(vocab=5), dict(vocab={'a': -1}), dict(vocab={'a': 10**11}), dict(vocab={'a': 'b'}), dict(merges=[['zz', 'qq']]), dict(merges=5), dict(type='Moon'), dict(vocab={}, merges=[])], ids=str)
+def test_tokenizers_that_make_no_sense(tmp_path, change):
+    C2CProcessor(tokenizer('small'), [tokenizer('pieces')]).save_pretrained(tmp_path)
+    file = tmp_path/'receiver_tokenizer'/'tokenizer.json'
+    spec = json.loads(file.read_text())
+    spec['model'].update(change)
+    file.write_text(json.dumps(spec))
+    with pytest.raises(FileNotFoundError, match='no tokenizer'): load_tokenizer(file.parent)
+    with pytest.raises(FileNotFoundError, match='no tokenizer'): C2CProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize('change', [dict(strategies=5), dict(strategies=[5]), dict(strategies=[['first']]), dict(strategies=[]), dict(receiver_tokenizer=5), dict(sharer_tokenizers=5), dict(sharer_tokenizers=[{}]), dict(format_version=[1]), dict(format_version='1')], ids=str)
+def test_processor_fields_of_a_wrong_kind(tmp_path, change):
+    C2CProcessor(tokenizer('small'), [tokenizer('pieces')]).save_pretrained(tmp_path)
+    file = tmp_path/'processor_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match='processor|strategy'): C2CProcessor.from_pretrained(tmp_path)
 
 
 def test_killed_while_saving(tmp_path, monkeypatch):

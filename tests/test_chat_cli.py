@@ -1,5 +1,5 @@
 "`c2c_chat`: the conversation line by line, saved and gone on with, stopped, piped, in a terminal, and refused."
-import json, os, pty, re, select, shutil, subprocess, sys, time
+import copy, json, os, pty, re, select, shutil, subprocess, sys, time
 
 import pytest, torch
 
@@ -131,15 +131,15 @@ def test_save_and_load(c2c, tmp_path):
 def test_save_does_not_overwrite_other_files(c2c, tmp_path):
     chat, other = chat_of(c2c), tmp_path/'thesis.txt'
     other.write_text('important')
-    for name, says in (other, 'not a saved conversation'), (tmp_path/'nowhere'/'x.json', 'No such file'), (tmp_path, 'not saved'):
+    for name, says in (other, 'not a saved conversation'), (tmp_path/'nowhere'/'x.json', f"{tmp_path}/nowhere/x.json: No such file"), (tmp_path, f'{tmp_path}: Is a directory'):
         chat.take(f'/save {name}')
-        assert 'not saved' in (text := chat.write.take()) and says in text
+        assert 'not saved' in (text := chat.write.take()) and says in text and '/.' not in text     # not the name of the temporary file
     assert other.read_text() == 'important' and os.listdir(tmp_path) == ['thesis.txt']
     chat.take(f'/save {tmp_path}/a b.json'); chat.take('who'); chat.take(f'/save {tmp_path}/a b.json')
     assert len(read_conversation(tmp_path/'a b.json')['sides']['c2c']) == 2
 
 
-@pytest.mark.parametrize('change', [dict(version=2), dict(sides={}), dict(settings={}), dict(settings=dict(fusion='parallel', follow_response=False, max_new_tokens='9', temperature=0., seed=0)), dict(mode='x'), dict(sides=dict(c2c=[], receiver=[dict(role='user')])), dict(fusers='a'), dict(system=None), dict(format='x')])
+@pytest.mark.parametrize('change', [dict(version=2), dict(sides={}), dict(settings={}), dict(settings=dict(fusion='parallel', follow_response=False, max_new_tokens='9', temperature=0., seed=0)), dict(mode='x'), dict(sides=dict(c2c=[], receiver=[dict(role='user')])), dict(fusers='a'), dict(fusers=[dict(name=5)]), dict(system=None), dict(format='x')])
 def test_damaged_conversations(c2c, tmp_path, change):
     chat, file = chat_of(c2c), tmp_path/'t.json'
     chat.take(f'/save {file}')
@@ -208,6 +208,10 @@ def test_templates_are_needed(c2c):
     with pytest.raises(ValueError, match='no tokenizers'): check_templates(None)
     with pytest.raises(ValueError, match='sharer 1 has no chat template'): check_templates(C2CProcessor(ours, [theirs, letters(template=None)]))
     check_templates(c2c.processor)
+    bare = copy.copy(ours); bare.chat_template = None
+    check_templates(C2CProcessor(ours, [bare], 'shared'))         # it reads the receiver's template
+    with pytest.raises(ValueError, match='sharer 0 has no chat template'): check_templates(C2CProcessor(ours, [bare], 'offsets'))
+    with pytest.raises(ValueError, match='receiver has no chat template'): check_templates(C2CProcessor(bare, [ours], 'shared'))
 
 
 # the command
@@ -253,6 +257,37 @@ def test_piped(script, saved, tmp_path):
     assert [chat.talks[s].messages for s in ('c2c', 'receiver')] == [c2c, alone]
 
 
+def test_gone_on_with(script, saved, tmp_path):
+    "What was loaded is said in one line, on the standard error."
+    file = tmp_path/'t.json'
+    Chat(open_model([saved]), max_new_tokens=2, fusers=[str(saved)], write=Heard()).run(['who is it?', '/both', 'why?', f'/save {file}'])
+    done = command(script, '--load', file, text='what?\n')
+    assert done.returncode == 0 and done.stderr.splitlines()[1:] == [f'{file}: 2 questions to C2C and 1 to the receiver alone; now both answer, one after the other; each side has its own history']
+    assert str(file) not in done.stdout and done.stdout.startswith('receiver> ')
+
+
+def test_piped_to_what_stops_reading(script, saved):
+    "As `c2c_chat | head -1`: no traceback, and the status of a program that a closed pipe ends."
+    child = subprocess.Popen([sys.executable, script, saved, '--max_new_tokens', '2'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    child.stdin.write('/reset\n'); child.stdin.flush()
+    assert child.stdout.readline() == 'all is forgotten\n'
+    child.stdout.close()
+    child.stdin.write('who is it?\nwhy?\n/help\n'); child.stdin.close()
+    said = child.stderr.read(); child.stderr.close()
+    assert child.wait(60) == 141 and said == 'Loading ...\n', said
+
+
+def test_a_question_whose_answer_nobody_reads(c2c):
+    "It is not told as a failure of the model: whoever runs the conversation hears of it."
+    chat, heard = chat_of(c2c, mode='both'), []
+    def closed(text):
+        heard.append(text)
+        if len(heard) == 2: raise BrokenPipeError
+    chat.write = closed
+    with pytest.raises(BrokenPipeError): chat.take('who')
+    assert said(chat, 'receiver') == said(chat, 'c2c') == [] and len(heard) == 2
+
+
 def test_in_a_terminal(script, saved):
     "Prompt, answer, Ctrl-C in an answer and at the prompt, Ctrl-D."
     master, slave = pty.openpty()
@@ -282,12 +317,15 @@ def test_in_a_terminal(script, saved):
 
 
 def test_refused_before_anything_is_loaded(script, saved, tmp_path):
+    deep, numbered = tmp_path/'deep', tmp_path/'numbered'
+    deep.mkdir(); (deep/'config.json').write_text('['*100_000); (tmp_path/'deep.json').write_text('['*100_000)
+    numbered.mkdir(); (numbered/'config.json').write_text(json.dumps(json.loads((saved/'config.json').read_text()) | dict(receiver=dict(name=[5]))))
     nameless, other, broken, config = tmp_path/'nameless', tmp_path/'other', tmp_path/'broken', json.loads((saved/'config.json').read_text())
     for folder, content in (nameless, json.dumps(config | dict(sharer=config['sharer'] | dict(name=None)))), (other, json.dumps(config | dict(receiver=config['receiver'] | dict(name='else')))), (broken, '{'):
         folder.mkdir(); (folder/'config.json').write_text(content)
     (tmp_path/'empty').mkdir(); (tmp_path/'note.json').write_text('{}')
     start = time.monotonic()
-    for args, says in ((['nowhere'], 'there is no folder nowhere'), ([tmp_path/'empty'], 'holds no fuser'), ([nameless], 'which sharer'), ([saved, other], 'different receivers'), ([broken], 'cannot be read'),
+    for args, says in ((['nowhere'], 'there is no folder nowhere'), ([tmp_path/'empty'], 'holds no fuser'), ([nameless], 'which sharer'), ([saved, other], 'different receivers'), ([broken], 'cannot be read'), ([deep], 'cannot be read'), (['--load', tmp_path/'deep.json'], 'not a saved conversation'), ([numbered], 'which receiver'),
         ([tmp_path/'note.json'], '--load'), (['--load', tmp_path/'note.json'], 'not a saved conversation'), (['--load', tmp_path/'gone'], 'No such file'), ([saved, '--max_new_tokens', 0], 'positive'),
         ([saved, '--temperature', 'nan'], 'temperature'), ([saved, '--fusion', 'all'], 'sequential'), ([saved, '--mode', 'all'], 'receiver'), ([saved, '--dtype', 'int8'], 'bfloat16'), ([saved, '--temperature', 'warm'], 'invalid')):
         done = command(script, *args)
@@ -315,6 +353,10 @@ def test_refused_when_loaded(saved, tmp_path, monkeypatch, capsys):
     assert call([str(mute)]) == 2 and 'sharer 0 has no chat template' in capsys.readouterr().err
     monkeypatch.undo()
     assert call([str(lost)]) == 2 and str(lost) in capsys.readouterr().err
+    if torch.cuda.device_count() > 9: return
+    for device in 'cuda:9', 'moon':                              # torch asserts what it was built for, or raises
+        assert call([str(saved)], device=device) == 2
+        assert f'c2c_chat: {saved} on {device}: ' in capsys.readouterr().err
 
 
 def test_the_embedded_pair(tmp_path, monkeypatch):

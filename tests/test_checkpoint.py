@@ -1,9 +1,10 @@
 "No kill, full disk or flipped bit leaves a checkpoint that loads but is wrong; trees come back exactly."
-import errno, gc, json, math, os, random, re, resource, shutil, signal, struct, subprocess, sys, time, traceback, warnings
+import errno, hashlib, json, math, os, random, re, resource, select, shutil, signal, struct, subprocess, sys, time, traceback, warnings
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import root as repository, run_python
@@ -59,26 +60,37 @@ def ended(child): return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def test_killed_at_random_moments(tmp_path):
     "A run that is killed again and again and always goes on from what it finds never goes back and never reads half a checkpoint."
-    rng, seen, interrupted = random.Random(0), 0, 0
+    rng, seen, kills, interrupted, took = random.Random(0), 0, 0, 0, []
+    ready, tell = os.pipe()
     def train():
         clean_partial(tmp_path)
         assert not dotted(tmp_path)
         found = quiet(tmp_path)
         step = content(found) if found else 0
+        os.write(tell, b'.')
         while True:
             step += 1
             write_checkpoint(tmp_path, step, payload(step), keep_last=2, keep=[3])
-    for _ in range(30):
-        child = fork(train)
-        time.sleep(rng.uniform(.005, .08))
-        os.kill(child, signal.SIGKILL)
-        assert ended(child) == -signal.SIGKILL
-        found = quiet(tmp_path)
-        step = content(found) if found else 0
-        assert step >= seen, 'a checkpoint was lost'
-        seen, interrupted = step, interrupted + bool(dotted(tmp_path))
-        for p in list_checkpoints(tmp_path): content(p)                        # none of the others is wrong either
-    assert seen > 10 and interrupted > 5, 'the kills did not hit what they should'
+    for i in range(3):                                                         # how long does one take here, just now?
+        start = time.perf_counter()
+        write_checkpoint(tmp_path/'elsewhere', i, payload(i))
+        took.append(time.perf_counter() - start)
+    shutil.rmtree(tmp_path/'elsewhere')
+    try:
+        while kills < 30 or (seen < 10 or interrupted < 5) and kills < 150:
+            child = fork(train)
+            while not select.select([ready], [], [], .1)[0]: assert os.waitpid(child, os.WNOHANG)[0] == 0, 'what was found is wrong, see above'
+            os.read(ready, 1)
+            time.sleep(rng.uniform(0, 2.5*max(took)))
+            os.kill(child, signal.SIGKILL)
+            assert ended(child) == -signal.SIGKILL
+            found = quiet(tmp_path)
+            step = content(found) if found else 0
+            assert step >= seen, 'a checkpoint was lost'
+            seen, kills, interrupted = step, kills + 1, interrupted + bool(dotted(tmp_path))
+            for p in list_checkpoints(tmp_path): content(p)                    # none of the others is wrong either
+    finally: os.close(ready); os.close(tell)
+    assert seen >= 10 and interrupted >= 5, f'{kills} kills did not hit what they should: {seen} steps, {interrupted} interrupted'
     assert (tmp_path/'step-00000003').is_dir()
     clean_partial(tmp_path)
     assert not dotted(tmp_path)
@@ -427,8 +439,6 @@ def test_damaged_trees(tmp_path):
     with pytest.raises(ValueError, match='truncated or damaged'): load_tree(tmp_path/'two')
     (tmp_path/'two.safetensors').write_bytes(raw)
     for text in '[]', '{"tree": {"$tensor": "nobody"}}', '{"tree": {"$int": "x"}}', 'no json', '{"tree": {"$dict": [[[], 1]]}}':
-        import hashlib
-        from safetensors.torch import save_file
         (tmp_path/'two.json').write_text(text)
         save_file({}, tmp_path/'two.safetensors', metadata=dict(tree=hashlib.sha256(text.encode()).hexdigest()))
         with pytest.raises(ValueError, match='does not hold a tree'): load_tree(tmp_path/'two')

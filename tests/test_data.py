@@ -38,7 +38,7 @@ def whole(samples, report, n):
 
 # ---------------------------------------------------------------- any turns at all
 
-values = st.one_of(st.text(max_size=6), st.none(), st.integers(), st.sampled_from(['hello', ' hi ', '', ' ']), st.lists(st.text(max_size=2), max_size=2))
+values = st.one_of(st.text(max_size=6), st.none(), st.integers(-2**63, 2**63 - 1), st.sampled_from(['hello', ' hi ', '', ' ']), st.lists(st.text(max_size=2), max_size=2))
 turn = st.one_of(st.fixed_dictionaries({'from': st.sampled_from(['human', 'gpt', 'system', 'user', 'assistant', 'GPT', 'function_call', '', None, 7]), 'value': values}), st.none(), st.text(max_size=3), st.just({}))
 good = st.fixed_dictionaries({'from': st.sampled_from(['human', 'gpt', 'system']), 'value': st.text('ab c', min_size=1, max_size=4)})
 conversations = st.one_of(st.lists(turn, max_size=6), st.lists(good, max_size=8), st.none(), st.text(max_size=3))
@@ -127,6 +127,9 @@ def test_real_questions(assets):
             right = r['answer'] if data is MMLU else r['choices']['label'].index(r['answerKey'])
             assert s['answer'] == f'{"ABCDE"[right]}. {texts[right].strip()}' and q['answer'] == 'ABCDE'[right] and q['options'] == list('ABCDE'[:len(texts)])
             assert s['prompt'] == q['prompt'] and r.get('question', r.get('question_stem')).strip() in s['prompt'][0]['content']
+    digits = [dict(question='?', choices=dict(text=['a', 'b', 'c'], label=['1', '2', '3']), answerKey=k) for k in ('3', '4', None)]
+    found, report = load_questions(ARC(), digits)
+    assert (found[0]['answer'], found[0]['options'], report.problems) == ('C', ['A', 'B', 'C'], {'no right answer': [1, 2]})
     redux = str(assets/'benchmarks'/'mmlu-redux-2.0'/'*.jsonl')
     assert load_questions(MMLU(data_files=redux))[1].rows == 5700
 
@@ -162,6 +165,7 @@ def test_longbench_is_cut_in_the_middle(assets):
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(assets/'tokenizers'/'qwen3'/'tokenizer.json'))
     data = LongBench(data_files=str(assets/'benchmarks'/'longbench'/'multifieldqa_zh.jsonl'), part='all')
     count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
+    for most in range(4, 60): assert count(cut_middle('🦊🧬🪐𝔘'*30, tokenizer, most)) <= most             # a character of several tokens cannot be halved
     for s in load_samples(data)[0].take(4):
         text = s['prompt'][0]['content']
         for most in 100, 1001:
@@ -218,6 +222,7 @@ def test_min_turns_and_limit_count_rows_of_the_source():
     rows = [chat(1), chat(2), chat(3), chat(1)]
     _, report = load_samples(Chats(min_turns=4, keep_system=True), rows)
     assert report.problems == {'fewer than 4 turns': [0, 3]}
+    assert load_samples(Chats(min_turns=4, turns='each'), rows)[1].problems == {'fewer than 4 turns': [0, 3]}          # not the places among the samples
     samples, report = load_samples(Chats(min_turns=4, turns='each', limit=3), rows)
     assert (report.rows, report.kept, len(samples)) == (3, 2, 5) and samples['row'][:] == [1, 1, 2, 2, 2]
 
@@ -299,6 +304,8 @@ def test_what_is_not_there(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='none of the rows .* can be used(.|\n)*no result behind'): load_samples(GSM8K(data_files=file, streaming=streaming))
         with pytest.raises(ValueError, match='is empty|has no rows'): load_samples(Chats(data_files=write(tmp_path/'empty.jsonl', []).replace('\n', ''), streaming=streaming))
         with pytest.raises(ValueError, match='cannot be read.*row 1'): list(load_samples(Chats(data_files=write(tmp_path/'broken.jsonl', [dict(question='a', answer='b'), '{"question": ']), streaming=streaming))[0])
+        big = '{"messages": [{"role": "user", "content": -9223372036854775809}]}'                                             # more than `datasets` can read
+        with pytest.raises(ValueError, match='big.jsonl cannot be read'): list(load_samples(Chats(data_files=write(tmp_path/'big.jsonl', ['{"messages": [{"role": "user", "content": "a"}]}', big]), streaming=streaming))[0])
     with pytest.raises((ConnectionError, FileNotFoundError), match='cannot be had from the hub.*data_files'): load_samples(OpenHermes())
 
 

@@ -1,5 +1,5 @@
 "Where a fuser lies, which layers it maps, what it refuses, and in which types it runs."
-import copy, itertools, json, warnings
+import copy, itertools, json, time, warnings
 
 import pytest, torch
 from torch import nn
@@ -284,3 +284,76 @@ def test_models_and_fuser_of_any_types(fuser_type):
         assert (cache.layers[-1].values.float() - reference.layers[-1].values).abs().max() < (1e-6 if exact else .3)
         assert c2c.generate(ids, max_new_tokens=2).shape == (2, 10)
     assert f'{str(fuser_type)[6:]} on cpu' in str(fuser)
+
+
+# files that are damaged, or made to do harm
+
+@pytest.fixture
+def saved(tmp_path):
+    "A saved fuser that says much of itself."
+    fuser = fuser_for(tiny('qwen3'), tiny('llama', 1), alignment='longest')
+    fuser.config.receiver['name'], fuser.config.training = 'a/b', dict(steps=3, datasets=['x/y'], imported_from='a/b', results=[dict(task='t', system='s', correct=1, total=2)], license='mit', recipe=dict(lr=1.))
+    fuser.save_pretrained(tmp_path/'fuser')
+    return tmp_path/'fuser'
+
+
+def change(file, path, value):
+    "A JSON file with one entry changed."
+    content = json.loads(file.read_text())
+    part = content
+    for k in path[:-1]: part = part[k]
+    part[path[-1]] = value
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize('path,value', [(('training', 'imported_from'), 5), (('training', 'datasets'), 5), (('training', 'results'), 5), (('training', 'results'), [5]), (('training', 'results'), [dict(task='t')]), (('training',), 5), (('receiver',), 'a/b'), (('sharer', 'name'), 5), (('sharer', 'weights'), ['x']),
+    (('receiver', 'hidden_size'), '64'), (('receiver_tokenizer',), 5), (('projector',), ['C2CProjector']), (('projector_args',), 5), (('fingerprint',), {})], ids=str)
+def test_config_fields_of_a_wrong_kind(saved, path, value):
+    change(saved/'config.json', path, value)
+    with pytest.raises(ValueError, match='config.json does not describe a fuser') as e: Fuser.from_pretrained(saved)
+    assert path[-1] in str(e.value) and str(value).strip('[]') in str(e.value)
+
+
+def test_whatever_stands_in_a_config(saved):
+    "It loads and gives a card, or is refused with a ValueError, at once."
+    file = saved/'config.json'
+    good, outcomes, start = json.loads(file.read_text()), [], time.monotonic()
+    paths = [(k,) for k in good] + [(k, i) for k, v in good.items() if isinstance(v, dict) for i in v]
+    assert len(paths) > 35
+    for path, value in itertools.product(paths, [5, 'x', [5], {'a': 5}, None, 10**11, [[10**11]]]):
+        file.write_text(json.dumps(good))
+        change(file, path, value)
+        try: outcomes.append(bool(Fuser.from_pretrained(saved).generate_model_card()))
+        except ValueError: outcomes.append(False)
+    assert outcomes.count(True) > 20 and outcomes.count(False) > 100 and time.monotonic() - start < 90
+
+
+@pytest.mark.parametrize('path,value', [(('receiver_geometry', 'layers'), 10**11), (('sharer_geometry', 'layers'), 10**11), (('layer_map',), [0, 0, 10**11]), (('layer_map',), [0, 0, -10**11]), (('sharer_geometry', 'kv_heads'), 10**11), (('projector_args', 'hidden_dim'), 10**11)], ids=str)
+def test_numbers_that_no_model_has(saved, path, value):
+    "Refused at once, without making what they speak of."
+    change(saved/'config.json', path, value)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match='config|weights'): Fuser.from_pretrained(saved)
+    assert time.monotonic() - start < 15
+
+
+def test_weights_that_cannot_be_read(saved, monkeypatch):
+    "A folder in their place, cut off, or not allowed: the same kind of message."
+    file = saved/'model.safetensors'
+    whole = file.read_bytes()
+    def refused():
+        with pytest.raises(ValueError, match='model.safetensors cannot be read .*: the file is truncated, may not be read') as e: Fuser.from_pretrained(saved)
+        return str(e.value)
+    for content in b'', whole[:100], whole[:-1], b'\xff'*1000: file.write_bytes(content); refused()
+    file.unlink(); file.mkdir(); refused()
+    file.rmdir(); file.write_bytes(whole)
+    def forbidden(*args): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('c2c_nb.fuser.safe_open', forbidden)
+    assert 'Permission denied' in refused()
+
+
+def test_a_config_without_end(saved, tmp_path):
+    "JSON so deep that Python gives up: refused on loading, and not overwritten."
+    (saved/'config.json').write_text('['*100_000)
+    with pytest.raises(ValueError, match='config.json is not valid JSON'): Fuser.from_pretrained(saved)
+    with pytest.raises(FileExistsError, match='does not hold a fuser'): fuser_for(tiny('qwen3'), tiny('llama', 1)).save_pretrained(saved)

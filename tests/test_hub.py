@@ -4,8 +4,9 @@ import re
 import pytest, torch, yaml
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
+from c2c_nb.align import load_tokenizer
 from c2c_nb.fuser import CARD_MARK, Fuser
-from c2c_nb.hub import hub_id, wilson
+from c2c_nb.hub import hub_id, local_folder, read_json, wilson
 
 from conftest import root, run_python
 from fake_hub import fake_hub
@@ -142,18 +143,26 @@ def test_what_goes_up(monkeypatch, tmp_path):
 
 ROUND_TRIP = """
 import sys, torch
+from c2c_nb.align import load_tokenizer
 from c2c_nb.fuser import Fuser
 from c2c_nb.hub import local_folder
 fuser = Fuser.from_pretrained({folder!r})
 print('pushed', fuser.push_to_hub('me/my-fuser', token='hf_test'))
-for kw in dict(), dict(revision={first!r}), dict(subfolder='inner/fuser'), dict(dtype=torch.bfloat16):
+for kw in dict(), dict(revision={first!r}), dict(subfolder='inner/fuser'), dict(dtype=torch.bfloat16), dict(subfolder='/inner/fuser/'):
     again = Fuser.from_pretrained('me/' + ('many' if 'subfolder' in kw else 'my-fuser'), **kw)
     print('loaded', again.fingerprint(), again.dtype, again.config.training['steps'])
-published = Fuser.from_published('authors/C2C_Fuser', subfolder='a+b_Fuser/final', revision='v1')
+published = Fuser.from_published('authors/C2C_Fuser', subfolder='a+b_Fuser/final/', revision='v1')
 print('published', published.fingerprint(), published.config.receiver, published.config.training['revision'])
 for name, kw in ('me/nothing', dict()), ('me/my-fuser', dict(revision='nonesuch')), ('me/my-fuser', dict(subfolder='elsewhere')):
     try: Fuser.from_pretrained(name, **kw)
     except FileNotFoundError as e: print('refused', str(e).splitlines()[0])
+for load in Fuser.from_pretrained, load_tokenizer:
+    try: load('me/gated')
+    except FileNotFoundError as e: print('refused', str(e).splitlines()[0])
+for kw in dict(), dict(revision='nonesuch'):
+    try: load_tokenizer('me/nothing' if not kw else 'me/my-fuser', **kw)
+    except FileNotFoundError as e: print('refused', str(e).splitlines()[0])
+print('tokenizer', len(load_tokenizer('me/many', subfolder='/inner/words/')))
 """
 
 
@@ -166,18 +175,43 @@ def test_there_and_back_with_the_real_client(tmp_path, golden):
     older.save_pretrained(tmp_path/'older')
     published = files(golden/'ckpt_s1', 'a+b_Fuser/')
     with fake_hub() as (hub, address):
+        hub.gated.add('me/gated'); hub.commit('me/gated', {'config.json': b'{}', 'tokenizer.json': b'{}'})
+        hub.commit('me/many', files(golden/'tokA', 'inner/words/'))
         first = hub.commit('me/my-fuser', files(tmp_path/'older'))
         hub.commit('me/many', files(tmp_path/'fuser', 'inner/fuser/') | {'inner/other/model.safetensors': b'huge'})
         hub.commit('authors/C2C_Fuser', published | {'c+d_Fuser/final/projector_0.pt': b'huge'}, 'v1')
         done = run_python(ROUND_TRIP.format(folder=str(tmp_path/'fuser'), first=first), cwd=root, timeout=120, HF_ENDPOINT=address, HF_HUB_OFFLINE='0', TRANSFORMERS_OFFLINE='0', HF_HOME=str(tmp_path/'home'), HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_PROGRESS_BARS='1', NO_PROXY='127.0.0.1')
     assert done.returncode == 0, done.stderr[-3000:]
     out = done.stdout.splitlines()
-    assert [o.split()[0] for o in out] == ['pushed'] + ['loaded']*4 + ['published'] + ['refused']*3, done.stdout
+    assert [o.split()[0] for o in out] == ['pushed'] + ['loaded']*5 + ['published'] + ['refused']*7 + ['tokenizer'], done.stdout
     assert out[0].startswith(f'pushed {address}/me/my-fuser')
     assert set(hub.repos['me/my-fuser']['main']) == {'README.md', 'config.json', 'model.safetensors'}
     assert hub.repos['me/my-fuser']['main']['model.safetensors'] == (tmp_path/'fuser'/'model.safetensors').read_bytes() and b"Fuser.from_pretrained('me/my-fuser')" in hub.repos['me/my-fuser']['main']['README.md']
     mine = fuser.fingerprint()
-    assert out[1].split()[1:] == [mine, 'torch.float32', '300'] and out[2].split()[1:] == [older.fingerprint(), 'torch.float32', '7'] and out[3].split()[1:] == [mine, 'torch.float32', '300'] and out[4].split()[2] == 'torch.bfloat16'
-    assert Fuser.from_published(golden/'ckpt_s1'/'final').fingerprint() in out[5] and "{'name': 'receiver'}" in out[5] and out[5].endswith('v1')
-    assert 'no such repository' in out[6] and 'me/my-fuser' in out[7] and 'holds no config.json' in out[8]
+    assert out[1].split()[1:] == [mine, 'torch.float32', '300'] and out[2].split()[1:] == [older.fingerprint(), 'torch.float32', '7'] and out[3].split()[1:] == [mine, 'torch.float32', '300'] and out[4].split()[2] == 'torch.bfloat16' and out[5] == out[3]
+    assert Fuser.from_published(golden/'ckpt_s1'/'final').fingerprint() in out[6] and "{'name': 'receiver'}" in out[6] and out[6].endswith('v1')
+    assert 'no such repository' in out[7] and 'me/my-fuser' in out[8] and 'holds no config.json' in out[9]
+    for line in out[10:12]: assert 'the repository me/gated is gated' in line and 'ask for access' in line and 'hf auth login' in line
+    assert 'no such repository' in out[12] and 'me/my-fuser' in out[13] and 'no such repository' not in out[13]
+    assert int(out[14].split()[1]) == len(load_tokenizer(golden/'tokA'))
     assert not [a for a in hub.asked if 'inner/other' in a or 'c+d_Fuser' in a], 'files were downloaded that nobody needs'
+
+
+# on this machine
+
+@pytest.mark.parametrize('subfolder', ['a/b', '/a/b', 'a/b/', '//a/b//'])
+def test_slashes_around_a_subfolder(tmp_path, golden, subfolder):
+    named_fuser().save_pretrained(tmp_path/'a'/'b')
+    assert local_folder(tmp_path, ('config.json',), subfolder) == tmp_path/'a'/'b'
+    assert Fuser.from_pretrained(tmp_path, subfolder=subfolder).fingerprint() == named_fuser().fingerprint()
+    assert Fuser.from_published(golden, subfolder=subfolder.replace('a', 'ckpt_s1').replace('b', 'final')).config.training['imported_from'] == 'ckpt_s1/final'
+    assert len(load_tokenizer(golden, subfolder=subfolder.replace('a/b', 'tokA'))) == len(load_tokenizer(golden/'tokA'))
+
+
+@pytest.mark.parametrize('content,says', [('', 'damaged'), ('{', 'damaged'), (b'\xff\xfe\x00', 'damaged'), ('['*100_000, 'damaged'), ('{"a":'*100_000, 'damaged'), (None, 'is not valid JSON')], ids=['empty', 'half', 'bytes', 'deep list', 'deep dict', 'folder'])
+def test_json_that_cannot_be_read(tmp_path, content, says):
+    file = tmp_path/'x.json'
+    if content is None: file.mkdir()
+    else: file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=says) as e: read_json(file)
+    assert str(file) in str(e.value)

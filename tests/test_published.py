@@ -1,5 +1,5 @@
 "The authors' checkpoints: all three official projector classes, any type, and what is refused."
-import copy, json, shutil
+import copy, json, shutil, time, warnings
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -208,3 +208,35 @@ def test_from_the_hub_only_what_is_needed(golden, monkeypatch):
     assert asked == dict(name='nics-efc/C2C_Fuser', patterns=['final/projector_*', 'final/projector_config.json', 'config.json'], revision='8704f555', token='hf_x')
     assert fuser.config.training['license'] == 'apache-2.0' and fuser.config.training['revision'] == '8704f555' and fuser.config.training['imported_from'] == 'nics-efc/C2C_Fuser/final'
     assert Fuser.from_published(golden/'ckpt_s1'/'final').fingerprint() == fuser.fingerprint()
+
+
+@pytest.mark.parametrize('kind,says', dict(sparse='sparse_coo', meta='on meta', float8='float8_e4m3fn', quantised='qint8', whole='int32', complex='complex64').items())
+def test_weights_of_an_odd_kind(golden, tmp_path, kind, says):
+    "Only dense floating point numbers in memory; others are named."
+    make = dict(sparse=lambda x: x.to_sparse(), meta=lambda x: x.to('meta'), float8=lambda x: x.to(torch.float8_e4m3fn), whole=lambda x: x.int(), complex=lambda x: x.to(torch.complex64),
+        quantised=lambda x: torch.quantize_per_tensor(x.float(), .1, 0, torch.qint8))
+    state, description = unit(golden, 'ablation0')
+    name = next(n for n, x in state.items() if x.dim() == 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                          # torch calls quantised tensors outdated
+        folder = checkpoint(tmp_path/'final', [state | {name: make[kind](state[name])}], description)
+        with pytest.raises(ValueError, match='dense tensors of type float16') as e: Fuser.from_published(folder)
+    assert f'{name} is ' in str(e.value) and says in str(e.value) and 'projector_0.pt' in str(e.value)
+
+
+@pytest.mark.parametrize('table', [{'0': [[10**11, 0]]}, {str(10**11): [[0, 0]]}, {'0': [[0, 10**11]]}], ids=str)
+def test_layers_that_no_model_has(golden, tmp_path, table):
+    "Answered at once."
+    folder = checkpoint(tmp_path/'final', [unit(golden, 'ablation0')[0]], unit(golden, 'ablation0')[1])
+    (folder/'projector_config.json').write_text(json.dumps({'0': {'1': table}}))
+    start = time.monotonic()
+    with pytest.raises((ValueError, FileNotFoundError), match='projector_config.json'): Fuser.from_published(folder)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize('file', ['projector_config.json', 'projector_0.json', '../config.json', 'projector_0.pt'])
+@pytest.mark.parametrize('content', ['['*100_000, '{', '', b'\x80\x02', b'\xff'*50], ids=['deep', 'half', 'empty', 'pickle', 'bytes'])
+def test_damaged_files(golden, tmp_path, file, content):
+    folder = checkpoint(tmp_path/'run'/'final', [unit(golden, 'ablation0')[0]], unit(golden, 'ablation0')[1])
+    (folder/file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=file.removeprefix('../')): Fuser.from_published(folder)

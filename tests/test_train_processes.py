@@ -1,0 +1,83 @@
+"Two processes learn what one learns from the same rows, only the first writes, and one that dies ends the job (accelerate launch, gloo, on the CPU)."
+import json, os, socket, subprocess, sys, time
+
+import pytest, torch
+from safetensors.torch import load_file
+
+from conftest import root
+from tiny_train import assert_same, outcome, recipe, run
+
+
+def launch(*jobs, options=(), timeout=300):
+    "Run jobs in two processes. (With --cpu accelerate would start one, unless there is mpirun; with --multi_gpu and no GPU it starts two with gloo.)"
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'RANK', 'WORLD_SIZE', 'LOCAL_RANK')} | dict(PYTHONPATH=f'{root}{os.pathsep}{root/"tests"}', OMP_NUM_THREADS='1', GLOO_SOCKET_IFNAME='lo', CUDA_VISIBLE_DEVICES='')
+    command = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port), *options, root/'tests'/'process_driver.py', json.dumps(jobs)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+cases = dict(
+    everything=(2, ['training.steps=5'], 3, 1),                   # dropout, tossed gates, a choice of sharers; the second step of an epoch has 5 of 6 rows
+    hard_gates=(1, ['model.projector.args.gate_noise=null', 'training.steps=3'], 3, 1),
+    accumulated=(1, ['training.steps=3', 'model.follow_response=true'], 1, 3),
+    receiver=(1, ['training.freeze=[sharer]', 'training.steps=3'], 3, 1),
+    stream=(1, ['data.args={streaming: true, rows: 13}', 'validation.share=0', 'training.steps=3'], 3, 1),
+    few=(1, ['data.args={rows: 10}', 'training.steps=4'], 1, 3),   # 8 rows: the second step of an epoch has 2, less than the 6 batches of a step
+)
+
+
+def values_of(name, processes):
+    _, values, batch, accumulation = cases[name]
+    return ['data.args.rows=14', *values, f'training.batch_size={batch}', f'training.accumulation={accumulation*2//processes}', 'training.sharer_dropout=0.3' if cases[name][0] > 1 else 'training.sharer_dropout=0', 'output.keep_best=false']
+
+
+def job(folder, name, **more): return dict(folder=str(folder/name), values=values_of(name, 2), sharers=cases[name][0], **more)
+
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "All cases in two processes."
+    folder = tmp_path_factory.mktemp('two')
+    done = launch(*(job(folder, name) for name in cases))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+
+
+@pytest.mark.parametrize('name', cases)
+def test_as_one(two, tmp_path, monkeypatch, name):
+    "Weights and losses of each step are those of one process that reads the same rows."
+    monkeypatch.setattr('c2c_nb.train.plot_run', lambda *args: None)
+    run(recipe(tmp_path/name, *values_of(name, 1), sharers=cases[name][0]), fresh=True)
+    ours, theirs = outcome(two[0]/name), outcome(tmp_path/name)
+    files = sorted((two[0]/name).glob('*/*.safetensors'))
+    assert files and [f.parent.name for f in files] == [f.parent.name for f in sorted((tmp_path/name).glob('*/*.safetensors'))]
+    for file in files:
+        a, b = load_file(file), load_file(tmp_path/name/file.parent.name/file.name)
+        assert a.keys() == b.keys()
+        for n in a: assert (a[n] - b[n]).abs().max() <= 1e-6, (file.parent.name, n, (a[n] - b[n]).abs().max())
+    assert [r['step'] for r in ours['log']] == [r['step'] for r in theirs['log']]
+    for a, b in zip(ours['log'], theirs['log']):
+        if 'loss' in a: assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4) and a['lr'] == b['lr']
+        else: assert a['validation']['held_out_loss'] == pytest.approx(b['validation']['held_out_loss'], rel=1e-5)
+    assert ours['summary']['tokens'] == pytest.approx(theirs['summary']['tokens'], rel=.2)
+
+
+def test_only_the_first_writes(two):
+    said = {s['rank']: s for s in two[1]}
+    assert said[1]['wrote'] == 0, said[1]['what']
+    assert said[0]['wrote'] > 50
+
+
+def test_one_process_does_not_go_on(two):
+    with pytest.raises(ValueError, match='processes: 2 -> 1'): run(recipe(two[0]/'few', *values_of('few', 2)), resume=True)
+
+
+def test_a_process_that_dies(two, tmp_path):
+    "The job ends with an error in seconds; resumed, it ends as if nothing had been."
+    begun = time.monotonic()
+    done = launch(job(tmp_path, 'everything', kill=[1, 3]))
+    assert done.returncode != 0 and time.monotonic() - begun < 120
+    assert sorted(p.name for p in (tmp_path/'everything'/'checkpoints').iterdir()) == ['step-00000002'] and not (tmp_path/'everything'/'summary.json').exists()
+    done = launch(job(tmp_path, 'everything', resume=True))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same(outcome(tmp_path/'everything'), outcome(two[0]/'everything'))
