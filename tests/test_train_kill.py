@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 
 from conftest import root
 
-kills = 22
+kills = 20
 
 
 def test_killed_again_and_again(tmp_path):
