@@ -58,6 +58,10 @@ class QuestionReport(Report):
         name, first = next((s for s in reversed(self.sources) if s[1] <= row), ('', 0))
         return f"{name}: row {row - first}" if name else f"row {row}"
 
+    def _said(self, text): return text.replace(f'{self.kept} kept, which gave {self.samples} samples', f'{self.kept} questions')
+    def __repr__(self): return self._said(Report.__repr__(self))
+    def _repr_markdown_(self): return self._said(Report._repr_markdown_(self))
+
 # %% ../nbs/07d_bench.ipynb #def-benchmark
 @dataclass(kw_only=True)
 class Benchmark:
@@ -104,6 +108,14 @@ def parse(self:Benchmark,
 )->Question:
     "The question in a row, by `self.ask(…)`. Raises `BadRow` where there is none."
     raise NotImplementedError(f"{type(self).__name__} needs a method parse(row, subject) that returns self.ask(question, gold, options, …)")
+
+# %% ../nbs/07d_bench.ipynb #def-chosen
+@patch
+def chosen(self:Benchmark,
+    row:dict, # column -> value
+)->bool:
+    "Is this row asked for at all? Others are not counted."
+    return True
 
 # %% ../nbs/07d_bench.ipynb #def-columns
 @patch
@@ -188,7 +200,7 @@ def sources(self:Benchmark)->list: # of (subject, reader)
         found = [(_part_of(f, parts), f) for f in files]
         return [(part, self.reader(data_files=f)) for part, f in found if wanted(part)] or [self.missing(p for p, _ in found)]
     if parts and not self.config and self.data_files is None:
-        for s in self.subjects or (): 
+        for s in self.subjects or ():
             if s not in parts: self.missing(parts)
         return [(part, self.reader(config=part)) for part in parts if wanted(part)]
     return [(_part_of(self.config or '', parts), self.reader())]
@@ -216,6 +228,7 @@ def questions(self:Benchmark)->tuple[list, QuestionReport]:
         report.sources.append((part or Path(data.where()).name, n))
         for row in rows:
             i, n = n, n + 1
+            if not self.chosen(row): continue
             try: question, problem = self.parse(row, part), None
             except BadRow as e: question, problem = None, str(e)
             except Exception as e:
@@ -509,10 +522,10 @@ class LongBench(Benchmark):
     part:str = 'eval' # 'eval', 'train' or 'all'
 
     def columns(self): return 'input', 'context', 'answers', 'dataset', '_id'
+    def chosen(self, row): return self.part == 'all' or longbench_part(str(row['_id'])) == self.part
     def parse(self, row, subject):
         task = str(row['dataset']).removesuffix('_e')
         if task not in _longbench: raise BadRow(f'task {task[:40]!r}')
-        if self.part not in ('all', longbench_part(text_of(row['_id'], '_id'))): raise BadRow(f'not of the part {self.part!r}')
         length = row.get('length') or 0
         return self.ask(row['input'] or task, row['answers'], subject=task, category='0 to 4k words' if length < 4000 else '4k to 8k words' if length < 8000 else 'over 8k words', id=row['_id'],
             context=text_of(row['context'], 'context'), input=row['input'] or '', classes=row.get('all_classes'), measure=_longbench[task][0], new_tokens=int(_longbench[task][1]))
