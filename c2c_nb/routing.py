@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from .baseline import Answer, Reader, Stages, System, make_systems, register_system
 from .cache import make_cache
-from .data import nearest
 from .fuser import model_facts
 from .model import _read
+from .recipe import nearest
 
 # %% ../nbs/08b_routing.ipynb #def-router
 class Router:
