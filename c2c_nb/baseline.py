@@ -10,6 +10,7 @@ __all__ = ['Answer', 'Stages', 'token_cost', 'fuser_cost', 'System', 'Prefix', '
 # %% ../nbs/08_baseline.ipynb #baseline-imports
 import inspect
 import json
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -391,7 +392,7 @@ class T2TPrompts:
         question:str, # the bare question
     )->str|list: # what the receiver reads
         "The second step: in a chat the message stands as an answer to the request, before the prompt's own messages but behind a system message."
-        if isinstance(prompt, str): return self.read_plain.replace('{message}', message).replace('{prompt}', prompt)
+        if isinstance(prompt, str): return re.sub(r'\{(message|prompt)\}', lambda m: dict(message=message, prompt=prompt)[m[1]], self.read_plain)     # in one go: what they say is only text
         first = 1 if prompt[0]['role'] == 'system' else 0
         return [*prompt[:first], *self.asking(question, True), dict(role='assistant', content=message), *prompt[first:]]
 
@@ -495,7 +496,7 @@ def with_examples(
     "The prompt with examples in front. Raises `ValueError` for chats before a plain text."
     if isinstance(prompt, str):
         if wrong := [p for p, _ in examples if not isinstance(p, str)]: raise ValueError(f"the prompt is a plain text, but an example is a chat ({wrong[0]!r}): give examples as texts, or prompts as chats")
-        return ''.join(shot.replace('{prompt}', p).replace('{answer}', a) for p, a in examples) + prompt
+        return ''.join(re.sub(r'\{(prompt|answer)\}', lambda m: dict(prompt=p, answer=a)[m[1]], shot) for p, a in examples) + prompt
     first = 1 if prompt[0]['role'] == 'system' else 0
     turns = [m for p, a in examples for m in [*([dict(role='user', content=p)] if isinstance(p, str) else [m for m in p if m['role'] != 'system']), dict(role='assistant', content=a)]]
     return [*prompt[:first], *turns, *prompt[first:]]
