@@ -134,14 +134,14 @@ def shell(*args, cwd):
     return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH': str(root), 'CUDA_VISIBLE_DEVICES': ''}, timeout=300)
 
 
-def test_command(pair, assets, tmp_path):
+def test_command(pair, golden, assets, tmp_path):
     "A fuser from a folder, a benchmark from a file: table, comparison, records; what is wrong is said before the models are loaded."
     pair.save_pretrained(tmp_path/'fuser')
-    args = ['fuser', 'openbookqa', 'out', '--systems', 'receiver', 'C2C', '--args', f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=6', '--max-new-tokens', '4', '--quiet']
-    done = shell(*args, cwd=tmp_path)
+    args = [str(tmp_path/'fuser'), 'openbookqa', str(tmp_path/'out'), '--systems', 'receiver', 'C2C', '--args', f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=6', '--max-new-tokens', '4', '--quiet']
+    done = shell(*args, cwd=golden)     # where its models are
     assert done.returncode == 0, done.stderr
     assert 'of 6' in done.stdout and 'the receiver alone' in done.stdout and len(read_records(tmp_path/'out')) == 12
     for change, says in ((['--method', 'logits'], "'generate' or 'options'"), (['--max-new-tokens', '5'], 'another evaluation')):
-        done = shell(*args, *change, cwd=tmp_path)
+        done = shell(*args, *change, cwd=golden)
         assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
-    assert "did you mean 'openbookqa'" in shell('fuser', 'openbokqa', 'x', '--quiet', cwd=tmp_path).stderr
+    assert "did you mean 'openbookqa'" in shell(str(tmp_path/'fuser'), 'openbokqa', 'x', '--quiet', cwd=tmp_path).stderr
