@@ -72,9 +72,10 @@ class _Causal(nn.Module):
         if 'logits_to_keep' in self.keywords: read['logits_to_keep'], columns = ids.shape[1] - first, columns - first
         return nn.functional.cross_entropy(self.base(**read).logits[rows, columns].float(), targets, reduction='sum')
 
-# %% ../nbs/06h_finetune.ipynb #def-finetunetask
+# %% ../nbs/06h_finetune.ipynb #methods
 METHODS = 'full', 'lora', 'layers', 'parameters'
 
+# %% ../nbs/06h_finetune.ipynb #def-finetunetask
 class FinetuneTask(Task):
     """One model, learning by itself what a fuser would have learned with its help.
 

@@ -1,0 +1,147 @@
+"The runner: the same records for any batch size, after any kill, from any number of processes."
+import json, os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from transformers import AutoModelForCausalLM
+
+from c2c_nb.align import C2CProcessor, load_tokenizer
+from c2c_nb.baseline import Answer, System, make_systems
+from c2c_nb.bench import default_template, make_benchmark
+from c2c_nb.evaluate import Evaluation, evaluate, read_records
+from c2c_nb.fuser import Fuser
+from c2c_nb.model import C2CModel
+
+root = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def pair(golden):
+    receiver, sharer = (AutoModelForCausalLM.from_pretrained(golden/m).eval() for m in ('receiver', 'sharer2'))
+    t = load_tokenizer(golden/'tokA')
+    return C2CModel(receiver, [sharer], [Fuser.from_published(golden/'ckpt_s2'/'final').eval()], processor=C2CProcessor(t, [t])).eval()
+
+
+def bench(assets, **kwargs): return make_benchmark('openbookqa', dict(data_files=str(assets/'benchmarks'/'openbookqa'/'main'/'test.jsonl'), limit=12) | kwargs)
+plain = lambda records: sorted(json.dumps({k: v for k, v in r.items() if k not in ('seconds', 'scores', 'extra')}, sort_keys=True) for r in records)
+
+
+@pytest.mark.parametrize('method', ['generate', 'options'])
+def test_any_batch_size(pair, assets, tmp_path, method):
+    systems, records = make_systems(pair, ['receiver', 'C2C', 'T2T'], message_tokens=6), []
+    for size in 1, 5, 12: records.append(evaluate(systems, bench(assets), tmp_path/str(size), method=method, batch_size=size, max_new_tokens=6, progress=False).records)
+    assert len(records[0]) == 36 and plain(records[0]) == plain(records[1]) == plain(records[2])
+    if method == 'options':
+        for a, b in zip(*(sorted(rs, key=lambda r: (r['system'], r['id'])) for rs in records[:2])):
+            assert a['scores'].keys() == b['scores'].keys() and all(a['scores'][k] == pytest.approx(b['scores'][k], abs=1e-4) for k in a['scores'])
+
+
+def test_real_benchmark_counts_what_it_leaves_out(pair, assets, tmp_path):
+    "MMLU-Redux: questions without a right answer are dropped and reported, and all others have a record."
+    b = make_benchmark('mmlu-redux', dict(data_files=str(assets/'benchmarks'/'mmlu-redux-2.0'), subjects=['anatomy', 'virology'], limit=15))
+    e = evaluate(make_systems(pair, ['receiver']), b, tmp_path/'e', method='options', progress=False)
+    asked, report = b.questions()
+    assert e.count('receiver')[1] == len(asked) == report.kept and report.rows == 30 and report.left_out == 30 - len(asked)
+    assert {r['subject'] for r in e.records} == {'anatomy', 'virology'} and {r['category'] for r in e.records} - {''}
+    assert json.loads((tmp_path/'e'/'summary.json').read_text())['systems']['receiver']['asked'] == len(asked)
+    Fuser_results = e.results()
+    assert Fuser_results == [dict(task='mmlu-redux', system='receiver', correct=e.count('receiver')[0], total=len(asked))]
+
+
+driver = '''
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+torch.set_num_threads(1)
+from pathlib import Path
+from test_evaluate import *
+golden, assets, out = map(Path, sys.argv[2:5])
+receiver, sharer = (AutoModelForCausalLM.from_pretrained(golden/m).eval() for m in ('receiver', 'sharer2'))
+t = load_tokenizer(golden/'tokA')
+c2c = C2CModel(receiver, [sharer], [Fuser.from_published(golden/'ckpt_s2'/'final').eval()], processor=C2CProcessor(t, [t])).eval()
+print('ready', flush=True)
+evaluate(make_systems(c2c, ['receiver', 'C2C']), bench(assets), out, batch_size=2, max_new_tokens=6, progress=False)
+'''
+
+
+def port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+
+def run(golden, assets, out, processes=1):
+    head = [sys.executable] if processes == 1 else [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(processes), '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', str(port())]
+    file = out.parent/'driver.py'; file.write_text(driver)
+    return subprocess.Popen([*head, str(file), str(root/'tests'), str(golden), str(assets), str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(root), 'CUDA_VISIBLE_DEVICES': '', 'GLOO_SOCKET_IFNAME': 'lo'})     # with --cpu accelerate would start one process
+
+
+def test_killed_and_shared(pair, golden, assets, tmp_path):
+    "Killed between two questions and started again by two processes, it ends with the records of one."
+    whole = evaluate(make_systems(pair, ['receiver', 'C2C']), bench(assets), tmp_path/'whole', max_new_tokens=6, progress=False)
+    p = run(golden, assets, tmp_path/'e')
+    for _ in range(1200):
+        if read_records(tmp_path/'e'): break
+        time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    some = read_records(tmp_path/'e')
+    assert some and plain(some) != plain(whole.records)
+    with open(tmp_path/'e'/'records-000.jsonl', 'a') as f: f.write('{"system": "rec')
+    p = run(golden, assets, tmp_path/'e', 2)
+    out, err = p.communicate(timeout=300)
+    assert p.returncode == 0, err[-3000:]
+    assert (tmp_path/'e'/'records-001.jsonl').exists() and plain(read_records(tmp_path/'e')) == plain(whole.records)
+
+
+class Fails(System):
+    "Raises an error at questions whose number, counted from 0, is in a set."
+    name = 'fails'
+    def __init__(self, at): self.at, self.seen = at, {}
+    def describe(self): return dict(system='Fails')
+    def respond(self, prompts, options, max_new_tokens, questions, stages):
+        for q in questions: self.seen.setdefault(q, len(self.seen))
+        if any(self.seen[q] in self.at for q in questions): raise MemoryError('no room')
+        return [Answer(text='B', tokens_out=1, seconds={}) for _ in prompts]
+
+
+def test_errors_are_counted_and_too_many_fail(assets, tmp_path):
+    e = evaluate({'fails': Fails({3})}, bench(assets), tmp_path/'few', max_errors=.1, batch_size=6, progress=False)
+    wrong = [r for r in e.records if r['error']]
+    assert len(wrong) == 1 and not wrong[0]['correct'] and 'no room' in wrong[0]['error'] and len(e.records) == 12 and e.rows()[1][5] == 1
+    with pytest.raises(RuntimeError, match='more than the share'): evaluate({'fails': Fails({3, 7})}, bench(assets), tmp_path/'many', max_errors=.1, progress=False)
+    assert not (tmp_path/'many'/'summary.json').exists()
+    with pytest.raises(RuntimeError, match='every one of the first'): evaluate({'fails': Fails(set(range(12)))}, bench(assets), tmp_path/'all', progress=False)
+    records = tmp_path/'few'/'records-000.jsonl'
+    records.write_text(''.join(records.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RuntimeError, match='11 of 12 questions have a record'): Evaluation(tmp_path/'few', ['fails']).check(12, 1.)
+
+
+def test_refused(pair, assets, tmp_path):
+    systems = make_systems(pair, ['receiver'])
+    evaluate(systems, bench(assets, limit=2), tmp_path/'e', max_new_tokens=2, progress=False)
+    before = {f.name: f.read_bytes() for f in (tmp_path/'e').iterdir()}
+    for other in dict(benchmark=bench(assets, limit=3)), dict(method='options'), dict(template=default_template('direct')), dict(max_new_tokens=3):
+        with pytest.raises(FileExistsError, match='another evaluation'): evaluate(systems, **(dict(benchmark=bench(assets, limit=2), max_new_tokens=2) | other), folder=tmp_path/'e', progress=False)
+    assert {f.name: f.read_bytes() for f in (tmp_path/'e').iterdir()} == before
+    evaluate(make_systems(pair, ['C2C']), bench(assets, limit=2), tmp_path/'e', max_new_tokens=2, progress=False)      # a further system may join
+    assert {r['system'] for r in read_records(tmp_path/'e')} == {'receiver', 'C2C'}
+    (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'notes.txt').write_text('x')
+    with pytest.raises(FileExistsError, match='something else'): evaluate(systems, bench(assets), tmp_path/'mine', progress=False)
+    with pytest.raises(ValueError, match="'generate' or 'options'"): evaluate(systems, bench(assets), tmp_path/'x', method='logits', progress=False)
+    with pytest.raises(ValueError, match='no systems'): evaluate({}, bench(assets), tmp_path/'x', progress=False)
+    assert not (tmp_path/'x').exists()
+
+
+def shell(*args, cwd):
+    code = 'import sys\nfrom c2c_nb.cli import c2c_evaluate\nif __name__ == "__main__": sys.argv[0] = "c2c_evaluate"; sys.exit(c2c_evaluate())'
+    return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH': str(root), 'CUDA_VISIBLE_DEVICES': ''}, timeout=300)
+
+
+def test_command(pair, assets, tmp_path):
+    "A fuser from a folder, a benchmark from a file: table, comparison, records; what is wrong is said before the models are loaded."
+    pair.save_pretrained(tmp_path/'fuser')
+    args = ['fuser', 'openbookqa', 'out', '--systems', 'receiver', 'C2C', '--args', f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=6', '--max-new-tokens', '4', '--quiet']
+    done = shell(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'of 6' in done.stdout and 'the receiver alone' in done.stdout and len(read_records(tmp_path/'out')) == 12
+    for change, says in ((['--method', 'logits'], "'generate' or 'options'"), (['--max-new-tokens', '5'], 'another evaluation')):
+        done = shell(*args, *change, cwd=tmp_path)
+        assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+    assert "did you mean 'openbookqa'" in shell('fuser', 'openbokqa', 'x', '--quiet', cwd=tmp_path).stderr
