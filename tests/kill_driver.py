@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 def train(folder, ready, operation):
     "A whole run, from the newest checkpoint. `operation`: with which of the accesses to its folder it kills itself."
-    it = start(recipe(folder, 'training.steps=8', 'output.log_every=3', 'validation.every=4', 'data.args.rows=10', 'validation.share=0.1', sharers=2), resume=True)
+    it = start(recipe(folder, 'training.steps=6', 'output.log_every=3', 'validation.every=3', 'data.args.rows=10', 'validation.share=0.1', sharers=2), resume=True)
     left = [operation]
     def count(event, args):
         if event in ('open', 'os.rename', 'os.mkdir', 'os.remove', 'os.rmdir', 'shutil.rmtree') and args and str(folder) in str(args[0]):
@@ -69,7 +69,7 @@ def main(root, kills, seed):
         if kind == 'loading': time.sleep(rng.uniform(0, .7))
         elif kind == 'moments':
             select.select([reading], [], [], 60)
-            time.sleep(rng.uniform(0, .4*whole))
+            time.sleep(rng.uniform(0, .5*whole))
         if kind != 'operations': os.kill(child, signal.SIGKILL)
         status = ended(child, reading)
         assert status in (0, -signal.SIGKILL), f'a child ended with {status}'

@@ -18,7 +18,7 @@ from test_parity import close, cuts_of, golden_model, gradients, models, read_js
 from safetensors.torch import load_file
 from tiny_train import Stopped, TinyChats, assert_same, chats, model, outcome, processor, recipe, run, start, task, tokenizer
 
-few = settings(derandomize=True, deadline=None, max_examples=10, suppress_health_check=list(HealthCheck), database=None)
+few = settings(derandomize=True, deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), database=None)
 
 
 # ---------------------------------------------------------------- parity with the official trainer (contract 4)
@@ -227,7 +227,9 @@ def test_nothing_else_changes(tmp_path, broken):
     before, modes = [state_of(m) for m in given], [[x.training for x in m.modules()] for m in given]
     torch.manual_seed(5); random.seed(5)
     dice, python, threads = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
-    it = start(recipe(tmp_path, sharers=2))
+    it, during = start(recipe(tmp_path, sharers=2)), []
+    forward = it.task.model.forward
+    it.task.model.forward = lambda inputs: (during.append([m.training for m in (it.task.c2c.fusers, *given)]), forward(inputs))[1]
     if broken:
         step = it.task.before_step
         def fail(n, steps):
@@ -236,6 +238,7 @@ def test_nothing_else_changes(tmp_path, broken):
         it.task.before_step = fail
         with pytest.raises(Stopped): it.fit()
     else: it.fit()
+    assert [True, False, False, False] in during and not any(any(models) for _, *models in during)     # frozen models are never in training mode
     assert not it.task.model.training and not it.task.c2c.training and not any(m.training for m in it.task.c2c.fusers.modules())
     assert all(p.requires_grad for p in it.task.c2c.fusers.parameters())
     assert torch.equal(torch.get_rng_state(), dice) and random.getstate() == python and torch.is_grad_enabled() and torch.get_num_threads() == threads
