@@ -137,14 +137,16 @@ def test_by_category():
     rng = np.random.default_rng(0)
     kinds = np.array(['a', 'b', 'c'])[rng.integers(3, size=900)]
     base = rng.uniform(size=900) < .5
-    up = base | ((kinds == 'a') & (rng.uniform(size=900) < .3))
+    up = base | ((kinds == 'a') & (rng.uniform(size=900) < .3)) | ((kinds == 'b') & (rng.uniform(size=900) < .04))
     table = by_category(list(kinds), dict(base=list(base), up=list(up)), 'base')
     assert [r['category'] for r in table.rows] == ['a', 'b', 'c', 'all'] and sum(r['n'] for r in table.rows[:3]) == table.rows[3]['n'] == 900
     for r in table.rows[:3]:
         at = kinds == r['category']
         assert r['systems']['up'][0] == pytest.approx(up[at].mean()) and r['systems']['base'][1:] == interval(int(base[at].sum()), int(at.sum()))
     d, p = table.rows[0]['differences']['up']
-    assert d.p < p < 1e-5 and p == pytest.approx(min(1, 3*d.p)) and table.rows[1]['differences']['up'][1] == 1          # Holm
+    assert d.p < p < 1e-5 and p == pytest.approx(min(1, 3*d.p)) and table.rows[2]['differences']['up'][1] == 1
+    second, p = table.rows[1]['differences']['up']
+    assert 0 < second.p < .3 and p == pytest.approx(2*second.p)          # Holm: the second of three
     assert table.rows[3]['differences']['up'][1] == table.rows[3]['differences']['up'][0].p
     lines = table.markdown().split('\n')
     assert len(lines) == 6 and lines[0] == '| category | questions | base | up | up − base |'
