@@ -164,7 +164,7 @@ def ask(self:Benchmark,
 # %% ../nbs/07d_bench.ipynb #def-part-of
 def _part_of(file, parts):
     "The subject that a file is named after: the longest known one in its name."
-    name = re.sub(r'[^\w]+', '_', Path(re.sub(r'\.(gz|bz2|xz|zst|zip)$', '', str(file))).stem).lower()
+    name = re.sub(r'[^\w]+', '_', Path(re.sub(r'\.(gz|bz2|xz|zst|zip)$', '', str(file).split('::')[0])).stem).lower()
     return max((p for p in parts if re.search(rf"(?:^|_){re.escape(re.sub(r'[^a-zA-Z0-9]+', '_', p).lower())}(?:_|$)", name)), key=len, default='')
 
 # %% ../nbs/07d_bench.ipynb #def-local-files
