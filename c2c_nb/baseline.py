@@ -178,8 +178,8 @@ class Reader(System):
         template_kwargs:dict|None=None, # for chat templates
     ):
         self.receiver, self.processor, self.name, self.generation, self.template_kwargs = receiver, processor, name, dict(generation or {}), dict(template_kwargs or {})
-        for key in 'do_sample', 'num_beams', 'num_return_sequences':
-            if self.generation.get(key) not in (None, False, 1): raise ValueError(f"generation has {key}={self.generation[key]!r}: systems decode greedily, so that answers can be compared; leave it out")
+        for key, greedy in dict(do_sample=False, num_beams=1, num_return_sequences=1).items():
+            if self.generation.get(key, greedy) != greedy: raise ValueError(f"generation has {key}={self.generation[key]!r}: systems decode greedily, so that answers can be compared; leave it out")
         if receiver.training: raise ValueError(f"the {name} is in training mode, where dropout is on: call eval() first")
         self.tokenizer, self.body_cost, self.head_cost = processor.receiver_tokenizer, *token_cost(receiver)
 
@@ -260,7 +260,7 @@ def score_options(
         logits = _read(model, ids, mask, prefix.position_ids[rows, -1:] + torch.arange(wide, device=device), cache, logits=wide).float()
         logits = logits - logits.logsumexp(-1, keepdim=True)
         for read, row in zip(part, logits): found[read] = row    # (wide, vocabulary)
-    total = lambda i, o: found[i, tuple(o[:-1])][torch.arange(len(o), device=device), torch.tensor(o, device=device)].sum()
+    total = lambda i, o: found[i, tuple(o[:-1])][torch.arange(len(o), device=device), torch.tensor(o, device=device)].cpu().double().sum()
     return [torch.stack([total(i, o) for o in row]).tolist() for i, row in enumerate(options)]
 
 # %% ../nbs/08_baseline.ipynb #def-respond
@@ -285,7 +285,7 @@ def respond(self:Reader,
     with stages.watch(self.modules()): raw = self.score(batch, prompts, options, ids)
     answers = []
     for names, row, tokens, n, cost in zip(options, raw, ids, counts, costs):
-        scores, begun = torch.tensor(row).log_softmax(0).tolist(), {tuple(o[:-1]) for o in tokens}
+        scores, begun = torch.tensor(row, dtype=torch.double).log_softmax(0).tolist(), {tuple(o[:-1]) for o in tokens}
         flops = cost + self.body_cost*sum(map(len, begun)) + self.head_cost*sum(1 + len(p) for p in begun)
         answers.append(Answer(scores=dict(zip(names, scores)), tokens_in=n, flops=flops, extra=dict(logprobs=dict(zip(names, row)), option_tokens=dict(zip(names, map(len, tokens))))))
     return answers
@@ -360,13 +360,20 @@ class C2C(Reader):
 
     def generate(self, batch, max_new_tokens): return self.c2c.generate(**batch, **self.greedy(max_new_tokens))[:, batch['input_ids'].shape[1]:]
 
+    def encode_option(self, prompt, option, ids):
+        "A row with an option that the sharers read too. What a chat's last message has begun belongs to the answer then."
+        begun = not isinstance(prompt, str) and prompt[-1]['role'] == 'assistant'
+        row = self.processor.encode(prompt[:-1] if begun else prompt, prompt[-1]['content'] + option if begun else option, False, True, **({} if isinstance(prompt, str) else self.template_kwargs))
+        if row['labels'][-len(ids):] != ids: raise ValueError(f"the option {option!r} and the begun answer {prompt[-1]['content']!r} share a token, and cannot be told apart where sharers follow the response: end the answer's beginning differently")
+        return row
+
     def score(self, batch, prompts, options, ids):
         if not self.follows: return super().score(batch, prompts, options, ids)
-        rows = self.processor.pad([self.encode(p, answer=o, end=False, follow=True) for p, os in zip(prompts, options) for o in os], self.device)
+        rows = self.processor.pad([self.encode_option(p, o, k) for p, os, ks in zip(prompts, options, ids) for o, k in zip(os, ks)], self.device)
         plan, logits = self.c2c.plan(**rows, align='section'), self.c2c(**{k: v for k, v in rows.items() if k != 'labels'}).logits
         flat, out = iter([o for row in ids for o in row]), []
         for i, (n, o) in enumerate(zip(plan.last.tolist(), flat)):
-            logp = logits[i, n-1-len(o):n-1].float().log_softmax(-1)
+            logp = logits[i, n-1-len(o):n-1].float().log_softmax(-1).cpu().double()
             out.append(float(logp[torch.arange(len(o)), torch.tensor(o)].sum()))
         each = iter(out)
         return [[next(each) for _ in row] for row in ids]
@@ -457,8 +464,7 @@ def _question_of(prompt): return prompt if isinstance(prompt, str) else next((m[
 def respond(self:T2T, prompts, options, max_new_tokens, questions, stages):
     "Let the sharer write, then the receiver read. The message and its tokens are in `extra`."
     questions = [_question_of(p) for p in prompts] if questions is None else questions
-    chat = self.chat and not all(isinstance(p, str) for p in prompts)
-    asked = [self.prompts.asking(q, chat) for q in questions]
+    asked = [self.prompts.asking(q, self.chat and not isinstance(p, str)) for p, q in zip(prompts, questions)]
     limits = self.limits(prompts, questions, asked)
     who, notes = [i for i, k in enumerate(limits) if k > 0], {}
     if who:
