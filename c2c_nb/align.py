@@ -570,9 +570,11 @@ def token_maps(self:C2CProcessor)->list: # for each sharer None (it has the rece
 # %% ../nbs/03_align.ipynb #def-answer-ids
 @functools.lru_cache(maxsize=64)
 def _turn_end(tokenizer, template, kwargs):
-    "What a chat template writes behind an answer."
+    "What a chat template writes between the generation prompt and an answer, and behind it."
     messages = [dict(role='user', content='c2cask'), dict(role='assistant', content='c2canswer')]
-    return _render(tokenizer, messages, None, dict(kwargs) | dict(add_generation_prompt=False)).rpartition('c2canswer')[2]
+    head, _, tail = _render(tokenizer, messages, None, dict(kwargs) | dict(add_generation_prompt=False)).rpartition('c2canswer')
+    begun = _render(tokenizer, messages[:1], None, dict(kwargs) | dict(add_generation_prompt=True))
+    return head[len(begun):] if head.startswith(begun) else '', tail
 
 def _answer_ids(
     tokenizer, # the receiver's
@@ -583,9 +585,9 @@ def _answer_ids(
     kwargs:dict, # for the chat template
 )->list: # ids
     "The tokens of an answer, as they follow a prompt. Raises `ValueError` where there are none."
-    tail = _turn_end(tokenizer, tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None, tuple(sorted({'enable_thinking': False, **kwargs}.items()))) if chat and end else ''
-    n, joint = len(prompt.ids), _tokenize(tokenizer, prompt.text + answer + tail, not chat)[0]
-    ids = joint[n:] if joint[:n] == prompt.ids else _tokenize(tokenizer, answer + tail, False)[0]     # where the answer's first letter would change the prompt's last token, the prompt stays as it is
+    between, tail = _turn_end(tokenizer, tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None, tuple(sorted({'enable_thinking': False, **kwargs}.items()))) if chat and end else ('', '')
+    n, joint = len(prompt.ids), _tokenize(tokenizer, prompt.text + between + answer + tail, not chat)[0]
+    ids = joint[n:] if joint[:n] == prompt.ids else _tokenize(tokenizer, between + answer + tail, False)[0]     # where the answer's first letter would change the prompt's last token, the prompt stays as it is
     if not chat and end and tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]: ids = ids + [tokenizer.eos_token_id]
     if not ids: raise ValueError(f"the answer {answer!r} gives no tokens: there is nothing to learn")
     return ids

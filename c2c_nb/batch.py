@@ -42,6 +42,7 @@ def encode_sample(
     max_tokens:int|None=None, # samples with more receiver tokens are left out
     follow:bool=False, # sharers read the answers too
     shorten=None, # `ChatData.shorten`, for samples with more than `max_tokens`; None: they are left out
+    positions:list=(), # how many the receiver and each sharer have; None: no limit
     **template_kwargs, # for the chat templates
 )->dict: # the row; `problem` says why there is none, `cut` how many tokens its answer lost
     "One sample as a row."
@@ -54,10 +55,15 @@ def encode_sample(
         if over <= 0: break
         sample = shorten(sample, processor.receiver_tokenizer, over) if shorten and left else None
         if sample is None: return nothing | dict(problem=f'more than {max_tokens} tokens')
+    max_length = min(max_length, *(positions[:1] if positions and positions[0] else ()), max_length)
     over, answer = max(0, len(row['input_ids']) - max_length), sum(l != -100 for l in row['labels'])
     if over >= answer: return nothing | dict(problem=f'the prompt leaves no room for an answer within {max_length} tokens')
     if not any(row['active']): return nothing | dict(problem='nothing in the prompt can be fused')
-    return cut_answer(row, over, follow) | dict(problem=None, cut=over)
+    row = cut_answer(row, over, follow)
+    for j, mask in enumerate(row['sharer_attention_mask']):
+        read = sum(row['attention_mask']) if mask is None and follow else sum(m for m, s in zip(row['attention_mask'], row['sections']) if s < row['sections'][-1]) if mask is None else sum(mask)
+        if positions and positions[j+1] and read > positions[j+1]: return nothing | dict(problem=f'sharer {j} would read more than its {positions[j+1]} positions')
+    return row | dict(problem=None, cut=over)
 
 # %% ../nbs/06c_batch.ipynb #def-content-hash
 def content_hash(
@@ -83,12 +89,13 @@ def encode_samples(
     data:ChatData|None=None, # knows `max_tokens`, and how to shorten a sample
     follow:bool=False, # sharers read the answers too
     workers:int|None=None, # processes that share the work
+    positions:list=(), # how many the receiver and each sharer have; None: no limit
     **template_kwargs, # for the chat templates
 )->tuple[Dataset|Iterator, Report]: # rows (of a stream, one after the other), and which samples were left out
     "Encode all samples. Raises `ValueError` when nothing is left."
     report, limit = Report(), None if data is None else data.max_tokens
     def one(sample):
-        row = encode_sample(sample, processor, max_length, limit, follow, None if data is None else data.shorten, **template_kwargs)
+        row = encode_sample(sample, processor, max_length, limit, follow, None if data is None else data.shorten, positions, **template_kwargs)
         return row | dict(row=sample['row'], length=len(row['input_ids']), supervised=sum(l != -100 for l in row['labels']))
     def count(row, problem):
         if problem is None: report.keep()
@@ -96,7 +103,7 @@ def encode_samples(
         return problem is None
     if isinstance(samples, IterableDataset): return (row for row in map(one, samples) if count(row['row'], row['problem'])), report
     tokenizers = processor.receiver_tokenizer, *processor.sharer_tokenizers
-    key = [content_hash(samples), *map(tokenizer_fingerprint, tokenizers), [str(getattr(t, 'chat_template', '')) for t in tokenizers], processor.strategies, max_length, limit, type(data).__name__, follow, sorted(template_kwargs.items()), 1]
+    key = [content_hash(samples), *map(tokenizer_fingerprint, tokenizers), [str(getattr(t, 'chat_template', '')) for t in tokenizers], processor.strategies, max_length, limit, list(positions), type(data).__name__, follow, sorted(template_kwargs.items()), 1]
     report.fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
     rows = samples.map(one, remove_columns=samples.column_names, features=_features(), num_proc=workers, new_fingerprint=report.fingerprint, desc='encoding')
     good = [i for i, x in enumerate(zip(rows['row'], rows['problem'])) if count(*x)]

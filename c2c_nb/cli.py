@@ -179,7 +179,7 @@ def command(
 
 # %% ../nbs/13_cli.ipynb #def-set-argument
 _set_help = "values of the recipe to change, such as training.learning_rate=3e-4"
-_Settings = Param(_set_help, str, nargs='*', default=None) if Param else Annotated[str, _set_help, dict(nargs='*')]
+_Settings = Param(_set_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _set_help, dict(action='extend', nargs='*')]
 _recipe_help = "a recipe in YAML or JSON, ours or the official project's, or the name of one that comes with the package"
 _Recipe = Param(_recipe_help, str, opt=False, nargs='?') if Param else Annotated[str, _recipe_help, dict(nargs='?')]
 
@@ -209,7 +209,7 @@ def c2c_train(
     refuse, main = lambda message: _refuse(message, 'c2c_train'), os.environ.get('RANK', '0') == '0'
     from c2c_nb.recipe import read_recipe, set_values, shipped_recipes
     if list: print('\n'.join(shipped_recipes())); return
-    if not recipe: refuse(f"no recipe was given: name a file, or one of {', '.join(shipped_recipes())}")
+    if not recipe: refuse(f"no recipe was given: name a file, or one of {', '.join(shipped_recipes())}, in front of the options")
     try: r = set_values(read_recipe(recipe), set or [])
     except (OSError, ValueError) as e: refuse(e)
     for note in r.notes:
@@ -226,7 +226,7 @@ def c2c_train(
         except (OSError, ValueError, KeyError, ImportError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)
         if main and run.step: print(f'going on after step {run.step} of {run.steps}', file=sys.stderr)
         try: s = run.fit()
-        except (FloatingPointError, OSError) as e: print(f'c2c_train: {e}', file=sys.stderr); raise SystemExit(1)
+        except (FloatingPointError, OSError, ValueError) as e: print(f'c2c_train: {e}', file=sys.stderr); raise SystemExit(1)
     except KeyboardInterrupt: print('\nc2c_train: stopped; --resume goes on from the newest checkpoint, if one was written (output.save_every)', file=sys.stderr); raise SystemExit(130)
     if not main: return
     best = s['best'] or {}
@@ -237,7 +237,7 @@ def c2c_train(
 
 # %% ../nbs/13_cli.ipynb #def-answer-arguments
 _data_args_help = "arguments of the data set, such as split=train limit=1000"
-_DataArgs = Param(_data_args_help, str, nargs='*', default=None) if Param else Annotated[str, _data_args_help, dict(nargs='*')]
+_DataArgs = Param(_data_args_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _data_args_help, dict(action='extend', nargs='*')]
 
 # %% ../nbs/13_cli.ipynb #def-c2c-answers
 @command
@@ -272,7 +272,7 @@ def c2c_answers(
 _systems_help = "who is asked: receiver, sharer, T2T, C2C, 'T2T+C2C'; if not given, the first four"
 _Systems = Param(_systems_help, str, nargs='*', default=None) if Param else Annotated[str, _systems_help, dict(nargs='*')]
 _bench_args_help = "arguments of the benchmark, such as split=validation limit=200"
-_BenchArgs = Param(_bench_args_help, str, nargs='*', default=None) if Param else Annotated[str, _bench_args_help, dict(nargs='*')]
+_BenchArgs = Param(_bench_args_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _bench_args_help, dict(action='extend', nargs='*')]
 
 # %% ../nbs/13_cli.ipynb #def-c2c-evaluate
 @command

@@ -19,6 +19,7 @@ from .align import C2CProcessor
 from .fuser import model_facts
 from .model import _keywords, loss_sum, plain_head
 from .recipe import ModelRecipe, TrainRecipe, nearest
+from .plan import position_limit
 from .task import Task, _named_source, empty_model, sources
 
 # %% ../nbs/06h_finetune.ipynb #def-choose-parameters
@@ -99,6 +100,7 @@ class FinetuneTask(Task):
         if self.config.is_encoder_decoder or looks_ahead: raise ValueError(f"{self.source.name if model is None else type(model).__name__} is no causal language model: {type(self.config).__name__} has {'is_encoder_decoder=True' if self.config.is_encoder_decoder else 'is_decoder=False'}. Choose a model that reads from left to right")
         if processor is None and model is not None: raise ValueError("a model was given without a processor: give processor=C2CProcessor(tokenizer, [tokenizer], 'shared')")
         self.processor = processor or C2CProcessor(self.source.tokenizer, [self.source.tokenizer], 'shared')
+        self.positions = [position_limit(self.given.config if self.given is not None else self.source.config), None]
 
 # %% ../nbs/06h_finetune.ipynb #def-adapted
 @patch

@@ -258,13 +258,14 @@ def _follow(self:C2CModel, cache, plan, start, stop, finite):
     cache.raw = _unfused(cache) if cache.raw is None else cache.raw
     begin = cache.raw.get_seq_length()
     if begin < stop:
-        with torch.no_grad(): _read(self.receiver, plan.ids[:, begin:stop], None if plan.mask is None else plan.mask[:, :stop], plan.position_ids[:, begin:stop], cache.raw)
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.receiver.parameters())
+        with torch.set_grad_enabled(learns): _read(self.receiver, plan.ids[:, begin:stop], None if plan.mask is None else plan.mask[:, :stop], plan.position_ids[:, begin:stop], cache.raw)
     here = plan.answer[:, start:stop].any(-1).any(0)
     if not here.any(): return False
     start += int(here.int().argmax())
     cut = Cut(stop, start, plan.answer[:, start:stop])
     kv, where = self._fuse(self._own(cache.raw, start, stop), cache, cut, plan, finite), cut.active.any(-1)
-    cache.pending = None if where.all() else where.to(plan.ids.device), kv
+    cache.pending = None if where.all() else where.to(plan.ids.device, non_blocking=True), kv
     _mark(cache, cut)
     return True
 

@@ -115,7 +115,7 @@ class TrainingRecipe:
     pad_to_multiple_of:int|None = None # tokens
     store:str|None = None # folder in which the frozen models' work is kept for further epochs
     store_gb:float = 20. # its size at most
-    workers:int = 0 # processes that prepare batches
+    workers:int = 0 # processes that encode the samples; 0: this one
 
 # %% ../nbs/05d_recipe.ipynb #def-validationrecipe
 @dataclass
@@ -727,6 +727,7 @@ def _check_model(recipe):
         for name, at in [(m.receiver, 'model.receiver'), *((s, f'model.sharers[{i}]') for i, s in enumerate(m.sharers))]:
             if name: yield from _check_folder(name, at)
     for i, f in enumerate(m.fusers or []): yield from _check_folder(f, f'model.fusers[{i}]', ('config.json', 'projector_config.json')) if isinstance(f, str) else [f"model.fusers[{i}] is {f!r}, but a text is expected"]
+    if m.fusers and (m.projector != ProjectorRecipe() or m.layer_map != 'last_aligned' or m.key_space != 'cache' or t.gates.noise != 'projector'): yield "model.fusers bring their own projector, layer map, key space and gate noise: leave model.projector, model.layer_map, model.key_space and training.gates.noise out"
     for what in 'alignment', 'sharer_revisions', 'fusers':
         if isinstance(v := getattr(m, what), list) and len(v) != sharers: yield f"model.{what} has {len(v)} entries, but there {'is 1 sharer' if sharers == 1 else f'are {sharers} sharers'}"
     for a in m.alignment if isinstance(m.alignment, list) else [m.alignment]:
@@ -781,7 +782,7 @@ def _check_training(recipe):
     if 0 <= t.warmup_ratio <= 1 and t.learning_rate > 0 and (t.steps or 1) >= 1:
         try: learning_rates(t, t.steps or 10_000, first=3)
         except ValueError as e: yield str(e)
-    if t.scheduler == 'reduce_lr_on_plateau' and v.every is None: yield "training.scheduler is 'reduce_lr_on_plateau', which follows the validation: give validation.every"
+    if t.scheduler in MEASURED and v.every is None: yield f"training.scheduler is {t.scheduler!r}, which follows the validation: give validation.every"
     if v.patience is not None and v.every is None: yield "validation.patience is given, but validation.every is not, so there is nothing to be patient about"
     if v.metric == 'accuracy' and v.data is None: yield "validation.metric is 'accuracy', but there are no questions: give validation.data, or take 'loss'"
     if v.metric == 'loss' and not v.share: yield "validation.metric is 'loss', but validation.share is 0, so nothing is held out"

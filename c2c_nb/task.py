@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .align import C2CProcessor, load_tokenizer
 from .batch import drop_sharers
 from .cache import KVGeometry
-from .fuser import Fuser, map_layers
+from .fuser import Fuser, map_layers, model_facts
 from .model import C2CModel, plain_head
+from .plan import position_limit
 from .projector import exponential_temperature, get_projector, linear_temperature
 from .recipe import ModelRecipe, TrainRecipe
 from .store import Store, build_store, fill_cache, gather_rows, store_parts
@@ -34,6 +35,7 @@ class Task:
     model:nn.Module
     processor:C2CProcessor
     follow = False # do sharers read the answers?
+    positions = () # how many each model has, the receiver first; None: no limit
     prefetch = True # may the next step be prepared while this one runs?
     sparse = False # may a step leave parameters without a gradient?
 
@@ -111,7 +113,7 @@ def memory(
     recipe:TrainRecipe, # says how long and how many rows are
     dtype:torch.dtype=torch.bfloat16, # of the frozen models
 )->dict[str, float]: # in GB, by what it is for
-    "What training holds on the device at the longest rows that the recipe allows. An upper bound: as if nothing were computed in bf16."
+    "What training holds on the device at the longest rows that the recipe allows, as if nothing were computed in bf16. What is in the works for a moment comes on top."
     t, rows, gb = recipe.training.max_length, recipe.training.batch_size, 1e-9
     frozen = sum(p.numel() for m in models for p in m.parameters())
     learned = sum(p.numel() for f in fusers for p in f.parameters())
@@ -122,7 +124,7 @@ def memory(
         kv = lambda g, t: [tuple(torch.empty(1, h, t, d, device='meta', requires_grad=True) for _ in (0, 1)) if h else None for h, d in map(g.layer, range(g.layers))]
         of = lambda t: saved_bytes(lambda: fuser(kv(fuser.sharer_geometry, t), kv(fuser.receiver_geometry, t), [(j is not None,)*2 for j in fuser.layer_map]), list(fuser.parameters()))
         return (of(2*few) - of(few))/few
-    return {'frozen models': gb*dtype.itemsize*frozen, 'fusers, gradients and AdamW (16 bytes a parameter)': gb*16*learned, 'caches of the longest rows': gb*caches, 'what the fusers keep for the gradient': gb*sum(map(activations, fusers))*t*rows,
+    return {'frozen models': gb*dtype.itemsize*frozen, 'fusers, gradients and AdamW (16 bytes a parameter)': gb*16*learned, **({'copies of the fusers in bf16': gb*2*learned} if recipe.training.precision == 'bf16' else {}), 'caches of the longest rows': gb*caches, 'what the fusers keep for the gradient': gb*sum(map(activations, fusers))*t*rows,
         'logits, with their gradient': gb*3*4*min(1024, t*rows)*models[0].config.get_text_config(decoder=True).vocab_size}
 
 # %% ../nbs/06g_task.ipynb #def-new-fuser
@@ -171,6 +173,7 @@ class FuserTask(Task):
         self.sources = None if models else sources(m)
         tokenizers = None if models else [s.tokenizer for s in self.sources]
         self.processor = processor or C2CProcessor(tokenizers[0], tokenizers[1:], m.alignment)
+        self.positions = [position_limit(x.config) for x in self.sources or models]
 
     def describe(self):
         r, m = self.recipe, self.recipe.model
@@ -198,6 +201,8 @@ class FuserTask(Task):
         self.c2c.receiver.requires_grad_(self.learns_receiver)
         self.c2c.fusers.requires_grad_('fuser' not in r.training.freeze)
         self.model = Objective(self.c2c).train()
+        if 'fuser' not in r.training.freeze and not self.learns_receiver and not any(f.soft or any(map(any, f.open_gates())) for f in self.c2c.fusers):
+            raise ValueError("all gates are closed and there is no noise to open them (training.gates.noise is null), so nothing can be learned: set gate_init in model.projector.args above 0, or use noise")
         self.prefetch = all(f.soft for f in self.c2c.fusers)    # hard gates decide what is computed, so a step cannot be planned before the one in front of it is done
         self.sparse = len(models) > 2 or not self.prefetch      # behind a closed gate, and of a sharer that a process does not hear, nothing is computed
         self.model.eval()
@@ -308,7 +313,6 @@ def facts(self:FuserTask):
 # %% ../nbs/06g_task.ipynb #def-fingerprints
 @patch
 def fingerprints(self:FuserTask):
-    from c2c_nb.fuser import model_facts
     r = self.recipe.model
     return {'receiver': None if self.learns_receiver else model_facts(self.c2c.receiver)['weights'], **{f'sharer {j}': model_facts(s)['weights'] for j, s in enumerate(self.c2c.sharers)}}
 
@@ -323,7 +327,8 @@ def fuser_folders(
 @patch
 def save(self:FuserTask, folder, about):
     for fuser in self.c2c.fusers: fuser.config.training = dict(about)
-    if self.learns_receiver:
+    if self.learns_receiver:                                     # the fuser belongs to the receiver as it is now
+        for fuser in self.c2c.fusers: fuser.config.receiver = model_facts(self.c2c.receiver) | dict(name=str(Path(self.recipe.output.folder)/'receiver'), revision=None)
         self.c2c.receiver.save_pretrained(folder/'receiver'); self.processor.receiver_tokenizer.save_pretrained(folder/'receiver')
     mode = self.c2c.training
     try: self.c2c.save_pretrained(*fuser_folders(folder, len(self.c2c.fusers)))

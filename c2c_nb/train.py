@@ -17,18 +17,20 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .batch import Batches, StreamBatches, encode_samples
 from .checkpoint import clean_partial, find_checkpoint, list_checkpoints, load_tree, replace_file, save_tree, write_checkpoint
 from .data import load_questions, load_samples, make_data
-from .recipe import MEASURED, TrainRecipe, accumulation, differences, make_scheduler, recipe_from_dict
+from .recipe import MEASURED, RECIPE, TrainRecipe, accumulation, differences, make_scheduler, recipe_from_dict
 from .task import FuserTask, Task
 
 # %% ../nbs/07_train.ipynb #def-bite-seed
@@ -50,7 +52,7 @@ def load_data(
     "Samples of a recipe, encoded and split. Raises `ValueError` saying what is wrong with them."
     t, v, data = recipe.training, recipe.validation, make_data(recipe.data.type, recipe.data.args)
     samples, read = load_samples(data)
-    rows, encoded = encode_samples(samples, task.processor, t.max_length, data, task.follow, t.workers or None)
+    rows, encoded = encode_samples(samples, task.processor, t.max_length, data, task.follow, t.workers or None, task.positions)
     reports = dict(rows=read, samples=encoded)
     if data.streaming:
         if t.steps is None: raise ValueError("a stream has no end: say how many steps to train with training.steps")
@@ -59,7 +61,9 @@ def load_data(
         held_out = [row for _, row in zip(range(n), rows)]
         def again(epoch):
             if hasattr(samples, 'set_epoch'): samples.set_epoch(epoch)
-            return (row for i, row in enumerate(encode_samples(samples, task.processor, t.max_length, data, task.follow)[0]) if i >= n)
+            rows, found = encode_samples(samples, task.processor, t.max_length, data, task.follow, positions=task.positions)
+            if epoch == 0: reports['samples'] = found            # of the whole stream, as far as it has been read
+            return (row for i, row in enumerate(rows) if i >= n)
         return again, held_out, reports
     n = min(max(1, round(v.share*len(rows))), len(rows) - 1) if v.share else 0
     chosen = set(random.Random(f'held out {t.seed}').sample(range(len(rows)), n))
@@ -100,14 +104,16 @@ class Trainer:
         force:bool=False, # go on although recipe, data or models differ; or, without `resume`, throw away what is in the output folder
         task:Task|None=None, # what is trained; None: what the recipe says
         progress:bool=True, # show progress bars
+        dry:bool=False, # nothing will be written
     ):
-        given, recipe = recipe.check(resume or force), recipe.expanded()
+        given, recipe = recipe.check(resume or force or dry), recipe.expanded()
         self.recipe, self.progress, t = recipe, progress, recipe.training
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
         self.ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp])
+        self.acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp, InitProcessGroupKwargs(timeout=timedelta(days=2))])     # the recipe decides, not the launcher; and others wait while one encodes
+        if self.acc.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU): raise ValueError(f"accelerate was told to distribute by {self.acc.distributed_type.value}, which cannot be done here: weights are saved by one process that has all of them. Use several processes that each hold the models (accelerate launch --num_processes N), or fewer layers at a time")
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
-        self._check_folder(resume, force)
+        if not dry: self._check_folder(resume, force)
         if task is None: task = make_task(recipe)
         self.task, self.about = task, task.describe()
         with self.acc.main_process_first(): rows, self.held_out, self.reports = load_data(recipe, task)
@@ -122,6 +128,7 @@ class Trainer:
     def _check_folder(self, resume, force):
         "Is there a run in the output folder?"
         there = list_checkpoints(self.points) if self.points.is_dir() else []
+        if force and not resume and self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder/RECIPE).is_file(): raise FileExistsError(f"{self.folder} holds something else than a run, so nothing is thrown away there: choose another output.folder")
         if not resume and not force and (there or (self.folder/'summary.json').exists()):
             raise FileExistsError(f"{self.folder} holds a run already{f' (up to step {max(map(_step, there))})' if there else ''}: go on with it (resume), choose another output.folder, or throw it away (force)")
 
@@ -192,12 +199,13 @@ def train_step(self:Trainer,
     "One step of the optimizer. Nothing here waits for the device."
     t, processes, device = self.recipe.training, self.world, self.acc.device
     self.task.before_step(self.step, self.steps)
-    total = self.acc.reduce(torch.tensor(float(sum(labels for _, labels, _ in bites)), device=device), 'sum')     # labels of the step, over all processes
+    total = self.acc.reduce(torch.full((), float(sum(labels for _, labels, _ in bites)), device=device), 'sum')     # labels of the step, over all processes
     summed = torch.zeros((), device=device)
     for k, (inputs, labels, tokens) in enumerate(bites):
         torch.manual_seed(bite_seed(t.seed, self.step, k*processes + self.rank))
         with self.acc.no_sync(self.model) if k < len(bites) - 1 else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=t.precision == 'bf16'): loss = self.model(self.task.send(inputs, device))
+            if not loss.requires_grad: raise ValueError(f"nothing can be learned from step {self.step}: no gate is open in any of its rows. Set gate_init in model.projector.args above 0, or use gate noise")
             self.acc.backward(loss*(processes if labels else 0)/total)     # what processes have is averaged, not summed
         if labels: summed += loss.detach()
         self.tokens += tokens
@@ -235,7 +243,8 @@ def fit(self:Trainer)->dict: # the summary
                 every = lambda n: bool(n) and self.step % n == 0 or self.step == self.steps
                 log, validate, save = every(o.log_every), every(v.every), every(o.save_every)
                 if log or validate or save: self.seconds += time.perf_counter() - clock; self._log(bar)
-                if validate: save = self._validate() and o.keep_best or save
+                if validate and ahead: ahead.exception()          # the next step is planned with training's gates
+                if validate: save = self._validate() and o.keep_best or save or self.stopped
                 if save: self._save()
                 if log or validate or save: clock = time.perf_counter()
         finally:
@@ -334,6 +343,7 @@ def _validate(self:Trainer)->bool: # is it the best so far?
     value = found['accuracy'] if asked else found['held_out_loss']
     if value is None: return False
     if self.fed: self.schedule.step(found['held_out_loss'] if found['held_out_loss'] is not None else -value)
+    if not math.isfinite(value): raise FloatingPointError(f"the held-out loss after step {self.step} is {value}: nothing was saved after it. Look at the data, or use training.precision fp32")
     better = self.best is None or (value > self.best['value'] if asked else value < self.best['value'])
     if better: self.best, self.since = dict(step=self.step, value=value, **found), 0
     else: self.since += 1
@@ -362,14 +372,23 @@ def _save(self:Trainer):
 def _resume(self:Trainer):
     "Take back the newest good checkpoint. Raises `ValueError` if it belongs to another run."
     found = find_checkpoint(self.points) if self.points.is_dir() else None
+    if found is None and self.points.is_dir() and list_checkpoints(self.points) and not self.force: raise ValueError(f"none of the checkpoints in {self.points} is good, so there is nothing to go on from: look at them, or begin anew (force)")
     if found is None: return
     state = json.loads((found/'state.json').read_text())
-    if (wrong := what_differs(state['identity'], self.identity)) and not self.force:
+    wrong = what_differs(state['identity'], self.identity)
+    if wrong and not self.force:
         raise ValueError(f"{found} belongs to another run, nothing was changed:\n  " + '\n  '.join(wrong) + "\nGo on with what it was made with, or say that it shall go on all the same (force)")
     self.task.restore(found)
     saved = load_tree(found/'optimizer')
+    mine, bases = [{k: v for k, v in g.items() if k != 'params'} for g in self.opt.param_groups], list(getattr(self.schedule, 'base_lrs', []))
     self.opt.load_state_dict(saved['optimizer']); self.schedule.load_state_dict(saved['schedule'])
     for k in ('step', 'seconds', 'tokens', 'best', 'since', 'stopped'): setattr(self, k, state[k])
+    if not wrong: return
+    for group, now in zip(self.opt.param_groups, mine): group.update({k: now[k] for k in ('initial_lr', 'weight_decay', 'betas', 'eps') if k in now})     # it was forced: what was changed counts
+    if bases and hasattr(self.schedule, 'lr_lambdas'):
+        self.schedule.base_lrs = bases
+        for group, base, factor in zip(self.opt.param_groups, bases, self.schedule.lr_lambdas): group['lr'] = base*factor(self.step)
+    if any(w.startswith(('validation.', 'data', 'models')) for w in wrong): self.best, self.since, self.stopped = None, 0, False
 
 # %% ../nbs/07_train.ipynb #def-finish
 @patch
@@ -453,7 +472,7 @@ def plan_run(
     recipe:TrainRecipe, # what would be done
 )->dict: # parts, parameters, steps, memory
     "What a recipe comes to, without loading a weight."
-    run = Trainer(recipe, force=True, progress=False)
+    run = Trainer(recipe, progress=False, dry=True)
     about = run.about | dict(steps=run.steps, rows_of_a_step=run.batches.size, rows=run.reports['samples'].kept, held_out=len(run.held_out))
     if run.batches.steps_per_epoch: about['steps_per_epoch'] = run.batches.steps_per_epoch
     return about | dict(reports={k: repr(r) for k, r in run.reports.items()}, questions=len(run.questions or ()))
