@@ -14,6 +14,7 @@ import re
 import string
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 import warnings
@@ -276,18 +277,25 @@ def _serve():
 # %% ../nbs/07c_extract.ipynb #def-judge
 class _Judge:
     "math-verify in another process, which is replaced when it takes too long."
-    def __init__(self, seconds=20.): self.seconds, self.process, self.owner, self.lock = seconds, None, None, threading.Lock()
+    def __init__(self, seconds=20.): self.seconds, self.process, self.owner, self.log, self.lock = seconds, None, None, None, threading.Lock()
 
     def start(self):
         env = os.environ | dict(PYTHONPATH=os.pathsep.join(p for p in sys.path if p), PYTHONIOENCODING='utf-8')
-        self.process = subprocess.Popen([sys.executable, '-c', 'from c2c_nb.extract import _serve; _serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding='utf-8', env=env)
+        self.log = tempfile.TemporaryFile('w+')                                             # a pipe that nobody reads would fill up
+        self.process = subprocess.Popen([sys.executable, '-c', 'from c2c_nb.extract import _serve; _serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, encoding='utf-8', env=env)
         self.owner = os.getpid()
-        if self.ask('1', '1', 120.) is not True: raise RuntimeError(f"math-verify cannot be started: {self.process.stderr.read()[-1500:] if self.process else 'no reply in 120 s'}")
+        if self.ask('1', '1', 120.) is not True:
+            self.log.seek(0)
+            said = self.log.read()[-1500:]
+            self.stop()
+            raise RuntimeError(f"math-verify cannot be started: {said or 'no reply in 120 s'}")
 
     def stop(self):
         if self.process is not None and self.owner == os.getpid():
             self.process.kill(); self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout, self.process.stderr): pipe.close()
+            for file in (self.process.stdin, self.process.stdout, self.log):
+                try: file.close()
+                except OSError: pass                                                        # what was still to be sent to it
         self.process = None
 
     def ask(self, gold, said, seconds):

@@ -146,7 +146,7 @@ def test_gsm8k_with_separators_and_negatives(assets, text):
         else: assert gold == ('1250' if '1,250' in raw else official)                                  # the official one stops at the comma
 
 
-def test_comparison_in_threads_and_with_a_time_limit(recwarn):
+def test_comparison_in_threads_and_with_a_time_limit(monkeypatch):
     out = []
     threads = [threading.Thread(target=lambda: out.append((same_result('1+x', 'x+1'), same_result('2x', 'x+1')))) for _ in range(4)]
     for t in threads: t.start()
@@ -158,6 +158,8 @@ def test_comparison_in_threads_and_with_a_time_limit(recwarn):
     with pytest.warns(UserWarning, match='counts as wrong'): assert judge('x+1', '9^{9^{9^{9}}}') is False
     assert time.time() - began < 15 and judge('x+1', '1+x') is True                                   # a new process
     judge.stop()
+    monkeypatch.setattr(extract.sys, 'executable', 'false')
+    with pytest.raises(RuntimeError, match='cannot be started'): judge.start()
 
 
 def test_without_math_verify_it_is_said_before_the_first_question(monkeypatch, tmp_path):
