@@ -1,10 +1,10 @@
 "The loop: what it learns from, what it leaves alone, what it refuses, and that nothing is lost when it is interrupted."
-import json, math, random
-from pathlib import Path
+import copy, json, math, random, shutil
 
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, SchedulerType
 
 from c2c_nb.batch import encode_samples
 from c2c_nb.data import load_samples, make_data
@@ -14,7 +14,7 @@ from c2c_nb.projector import C2CProjector
 from c2c_nb.task import dynamic_weights
 from c2c_nb.train import Trainer, plot_run, read_log, train
 
-from test_parity import close, cuts_of, golden_model, gradients, models, read_json, training_batch, trainings
+from test_parity import golden_model, gradients, models, read_json, training_batch, trainings
 from safetensors.torch import load_file
 from tiny_train import Stopped, TinyChats, assert_same, chats, model, outcome, processor, recipe, run, start, task, tokenizer
 
@@ -264,11 +264,18 @@ def test_fusers_change(whole):
 def files_of(folder): return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
-@pytest.fixture
-def begun(tmp_path):
+@pytest.fixture(scope='module')
+def stopped(tmp_path_factory):
     "A run that stopped after four of six steps."
-    with pytest.raises(Stopped): run(recipe(tmp_path), stop_before=4)
-    return tmp_path
+    folder = tmp_path_factory.mktemp('stopped')
+    with pytest.raises(Stopped): run(recipe(folder), stop_before=4)
+    return folder
+
+
+@pytest.fixture
+def begun(stopped, tmp_path):
+    "A copy of it."
+    return shutil.copytree(stopped, tmp_path/'begun')
 
 
 @pytest.mark.parametrize('change, named', [('training.learning_rate=1e-3', r'training.learning_rate: 0.003 -> 0.001'), ('data.args.seed=1', r'data.args.seed: not given -> 1'), ('model.projector.args.hidden_dim=9', 'hidden_dim: 8 -> 9'),
@@ -320,8 +327,10 @@ def test_force_goes_on_all_the_same(begun):
     assert [r['step'] for r in log if 'loss' in r] == [1, 2, 3, 4, 5, 6] and log[-2]['lr'] < 1e-3
 
 
-def test_a_folder_with_a_run_in_it(begun):
+def test_a_folder_with_a_run_in_it(tmp_path):
     "It is neither overwritten nor gone on with unless somebody says so."
+    begun = tmp_path
+    with pytest.raises(Stopped): run(recipe(begun), stop_before=4)
     before = files_of(begun)
     with pytest.raises(FileExistsError, match=r'holds a run already \(up to step 4\): go on with it \(resume\).*\(force\)'): run(recipe(begun))
     with pytest.raises(ValueError, match='different run'): run(recipe(begun, 'training.seed=1'))
@@ -500,7 +509,6 @@ def test_a_receiver_that_learns(tmp_path):
     assert all(it.opt.state[p]['exp_avg'].dtype == torch.float32 for g in it.opt.param_groups for p in g['params'] if p in it.opt.state)
     for (name, new), old in zip(receiver.named_parameters(), model('receiver').parameters()): assert not torch.equal(new, old.to(torch.bfloat16).float()) or name.endswith('bias'), name
     for new, old in zip(sharer.parameters(), model('llama').parameters()): assert torch.equal(new, old.to(torch.bfloat16))
-    from transformers import AutoModelForCausalLM
     saved = AutoModelForCausalLM.from_pretrained(tmp_path/'receiver')
     assert saved.dtype == torch.float32
     best = tmp_path/'checkpoints'/f'step-{it.best["step"]:08d}'
@@ -522,7 +530,6 @@ def test_gradient_of_a_receiver_that_learns():
     said = chats(3, 7, (1, 2))
     samples, _ = load_samples(make_data('TinyChats'), [dict(chat=c) for c in said])
     it.model(it.send(it.inputs(list(encode_samples(samples, it.processor)[0]), 0)[0], 'cpu')).backward()
-    import copy
     plain, t = copy.deepcopy(model('receiver')).requires_grad_(True).train(), tokenizer()
     for chat in said:
         ids = t.apply_chat_template(chat, tokenize=True, return_dict=False)
@@ -561,14 +568,17 @@ def test_without_keep_best_the_last_is_saved(tmp_path, monkeypatch):
 schedulers = dict(cosine_with_min_lr='{min_lr: 0.0001}', cosine_warmup_with_min_lr='{min_lr: 0.0001}', warmup_stable_decay='{num_decay_steps: 1}')
 
 
-@pytest.mark.parametrize('name', [s.value for s in __import__('transformers').SchedulerType])
+again = 'reduce_lr_on_plateau', 'greedy', 'cosine'
+
+
+@pytest.mark.parametrize('name', [s.value for s in SchedulerType])
 def test_every_scheduler(tmp_path, name):
     "Three steps; for those that keep more than a number, again, interrupted after two of them."
-    few = f'training.scheduler={name}', f'training.scheduler_args={schedulers.get(name, "{}")}', 'training.steps=3', 'validation.every=1', 'output.save_every=1', 'data.args.rows=6', 'training.batch_size=2'
+    few = f'training.scheduler={name}', f'training.scheduler_args={schedulers.get(name, "{}")}', 'training.steps=3', f'validation.every={1 if name in ("reduce_lr_on_plateau", "greedy") else 3}', f'output.save_every={1 if name in again else 3}', 'data.args.rows=4', 'training.batch_size=1'
     it = run(recipe(tmp_path/'a', *few))
     rates = [r['lr'] for r in read_log(tmp_path/'a') if 'loss' in r]
     assert len(rates) == 3 and all(0 <= r <= 3e-3 for r in rates)
-    if name not in ('reduce_lr_on_plateau', 'greedy', 'cosine'): return
+    if name not in again: return
     with pytest.raises(Stopped): run(recipe(tmp_path/'b', *few), stop_before=2)
     run(recipe(tmp_path/'b', *few), resume=True)
     assert_same(outcome(tmp_path/'b'), outcome(tmp_path/'a'))
