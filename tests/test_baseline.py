@@ -195,6 +195,8 @@ def test_ends_and_sampling():
     for _ in range(3):
         a = Alone(model, tok).answer(texts[:1], max_new_tokens=6)[0]
         assert a.tokens_out == third + 1 and a.text == tok.decode(ids[:third + 1], skip_special_tokens=True)
+    together = Alone(model, tok).answer(texts, max_new_tokens=9)     # rows that end early are not counted to the batch's end
+    assert [a.tokens_out for a in together] == [Alone(model, tok).answer([t], max_new_tokens=9)[0].tokens_out for t in texts] and together[0].tokens_out == third + 1 < max(a.tokens_out for a in together)
     model.generation_config.eos_token_id = None
     assert Alone(model, tok).ends() == [tok.eos_token_id]
 
@@ -214,6 +216,7 @@ def test_t2t_is_two_steps(golden):
     assert system.answer([prompt], max_new_tokens=1)[0].extra['asked_tokens'] > a.extra['asked_tokens']      # without a question: the last user message, options and all
     plain = T2T(alone_of(c2c), alone_of(c2c, 0), 7).answer(['x{message}?'], max_new_tokens=2)[0]
     assert plain.extra['message_tokens'] > 0                     # braces in a question are only text
+    assert plain.extra['asked_tokens'] == len(b_tok(T2TPrompts().ask_plain.replace('{question}', 'x{message}?')).input_ids)      # texts are asked as texts
 
 
 def test_wordings_are_filled_in_once():
@@ -325,6 +328,7 @@ def test_what_the_oracle_cannot_do():
     with pytest.raises(ValueError, match='another way'): kept_columns([5, 6, 7], [5, 9, 9, 6])
     assert kept_columns([1, 2, 3, 4], [1, 2, 9, 1, 2, 3, 4], 2) == 2       # a system message stays, though the end looks like it
     assert kept_columns([1, 2, 3, 4], [1, 2, 9, 1, 2, 3, 4]) == 0
+    with pytest.raises(ValueError, match='another way'): kept_columns([1, 7, 8], [5, 6, 7, 8])
 
 
 def test_a_system_message_stays_in_place(golden):
@@ -382,6 +386,10 @@ def test_a_stage_is_where_the_time_is():
         took = C2C(c2c).answer(texts[:1], max_new_tokens=1)[0].seconds
         handle.remove()
         assert took[stage] > .1 and all(v < .1 for k, v in took.items() if k != stage), (stage, took)
+    handle = c2c.receiver.register_forward_hook(lambda *_: time.sleep(.1))
+    took = Alone(c2c.receiver, tiny_train.tokenizer(), generation=dict(eos_token_id=[])).answer(texts[:1], max_new_tokens=4)[0].seconds
+    handle.remove()
+    assert .1 < took['receiver'] < .2 and took['decode'] > .3      # one pass is reading, three are decoding
     stages, layer = Stages(), torch.nn.Linear(2, 2)
     with stages.watch({layer: 'receiver'}, layer):
         t = threading.Thread(target=lambda: layer(torch.ones(2))); t.start(); t.join()

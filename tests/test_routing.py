@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import tiny_train
 from c2c_nb.baseline import Alone, C2C, System, make_systems
 from c2c_nb.routing import ConfidenceRouter, MatrixRouter, Routed, draw_threshold, fit_routing, load_router
-from test_baseline import chats, options, pair, texts
+from test_baseline import chats, model_of, options, pair, texts
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 tok = tiny_train.tokenizer()
@@ -27,15 +27,15 @@ def questions(n, seed=0):
 
 def test_the_matrix_router_learns_who_knows_what():
     prompts, first, second = questions(240)
-    routed = fit_routing(reader(), other(), prompts, first, second, 'made up', seed=1)
+    routed = fit_routing(reader(), other(), prompts, first, second, 'made up', share=None, seed=1)
     unseen, _, cats = questions(40, seed=1)
     away = [a.extra['answered_by'] == 'sharer' for a in routed.answer(unseen, max_new_tokens=1)]
-    assert sum(a == c for a, c in zip(away, cats)) >= 36
-    mixed = fit_routing(reader(), other(), prompts, second, first, 'made up', seed=1)            # the other way round
-    assert sum(a.extra['answered_by'] == 'receiver' for a, c in zip(mixed.answer(unseen, max_new_tokens=1), cats) if c) >= 18
+    assert sum(a == c for a, c in zip(away, cats)) >= 32                   # 20 by chance
+    mixed = fit_routing(reader(), other(), prompts, second, first, 'made up', share=None, seed=1)            # the other way round
+    assert sum(a.extra['answered_by'] == 'receiver' for a, c in zip(mixed.answer(unseen, max_new_tokens=1), cats) if c) >= 15
     about = routed.describe()['router']
-    assert about['router'] == 'matrix' and about['about'] == dict(split='made up', prompts=240, share=.5, seed=1, learned=180, loss=about['about']['loss'])
-    assert json.dumps(routed.describe()) == json.dumps(fit_routing(reader(), other(), prompts, first, second, 'made up', seed=1).describe()) != json.dumps(mixed.describe())
+    assert about['router'] == 'matrix' and about['about'] == dict(split='made up', prompts=240, share=None, seed=1, learned=180, loss=about['about']['loss'])
+    assert json.dumps(routed.describe()) == json.dumps(fit_routing(reader(), other(), prompts, first, second, 'made up', share=None, seed=1).describe()) != json.dumps(mixed.describe())
 
 
 def test_its_score_is_the_formula():
@@ -44,7 +44,9 @@ def test_its_score_is_the_formula():
     p = {k: v for k, v in router.state_dict().items()}
     ids = tok(prompts[0], return_tensors='pt')
     with torch.no_grad(): states = tiny_train.model('receiver').base_model(**ids).last_hidden_state.mean(1)[0]
-    assert torch.allclose(router.embed(prompts[:3])[0][0], states, atol=1e-5)
+    assert torch.allclose(router.embed([prompts[0], *texts])[0][0], states, atol=1e-5)
+    wide = MatrixRouter(Alone(model_of('gpt2'), tok))            # a model that makes something of padding
+    assert torch.allclose(wide.embed(texts)[0], torch.cat([wide.embed([t])[0] for t in texts]), atol=1e-5)
     v = p['project.weight'] @ ((states - p['mean'])/p['scale']) + p['project.bias']
     s = [p['weigh.weight'][0] @ (m*v) for m in p['models.weight']]
     assert float(router.judge(prompts[:1], None)[0]) == pytest.approx(float((s[1] - s[0]).sigmoid()), abs=1e-5)
