@@ -212,8 +212,6 @@ def c2c_train(
     if not recipe: refuse(f"no recipe was given: name a file, or one of {', '.join(shipped_recipes())}, in front of the options")
     try: r = set_values(read_recipe(recipe), set or [])
     except (OSError, ValueError) as e: refuse(e)
-    for note in r.notes:
-        if main: print(f'note: {note}', file=sys.stderr)
     if main: print('Loading torch and transformers ...', file=sys.stderr, flush=True)
     try:
         import datasets, transformers
@@ -222,7 +220,9 @@ def c2c_train(
         if quiet or not main: datasets.disable_progress_bars()
         try:
             if dry_run: print(_show_plan(r, plan_run(r))); return
-            run = Trainer(r, resume, force, progress=not quiet).start()
+            run = Trainer(r, resume, force, progress=not quiet)
+            for note in r.notes if main else (): print(f'note: {note}', file=sys.stderr)
+            run.start()
         except (OSError, ValueError, KeyError, ImportError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)
         if main and run.step: print(f'going on after step {run.step} of {run.steps}', file=sys.stderr)
         try: s = run.fit()

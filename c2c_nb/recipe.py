@@ -727,7 +727,6 @@ def _check_model(recipe):
         for name, at in [(m.receiver, 'model.receiver'), *((s, f'model.sharers[{i}]') for i, s in enumerate(m.sharers))]:
             if name: yield from _check_folder(name, at)
     for i, f in enumerate(m.fusers or []): yield from _check_folder(f, f'model.fusers[{i}]', ('config.json', 'projector_config.json')) if isinstance(f, str) else [f"model.fusers[{i}] is {f!r}, but a text is expected"]
-    if m.fusers and (m.projector != ProjectorRecipe() or m.layer_map != 'last_aligned' or m.key_space != 'cache' or t.gates.noise != 'projector'): yield "model.fusers bring their own projector, layer map, key space and gate noise: leave model.projector, model.layer_map, model.key_space and training.gates.noise out"
     for what in 'alignment', 'sharer_revisions', 'fusers':
         if isinstance(v := getattr(m, what), list) and len(v) != sharers: yield f"model.{what} has {len(v)} entries, but there {'is 1 sharer' if sharers == 1 else f'are {sharers} sharers'}"
     for a in m.alignment if isinstance(m.alignment, list) else [m.alignment]:
@@ -840,6 +839,8 @@ def check(self:TrainRecipe,
     if recipe.kind != 'training': problems.append(f"kind is {recipe.kind!r}; this is no recipe for training")
     if (recipe.model is None) == (recipe.finetune is None): problems.append("give exactly one of model (train a fuser) and finetune (train the baseline)")
     for found in _check_model(recipe), _check_finetune(recipe), _check_data(recipe.data, 'data'), _check_training(recipe), _check_data(recipe.validation.data, 'validation.data'), _check_output(recipe, self, resume): problems += found
+    m, said = recipe.model, 'model.fusers bring their own projector, layer map, key space and gate noise: what the recipe says of these has no effect'
+    if m and m.fusers and (m.projector != ProjectorRecipe() or m.layer_map != 'last_aligned' or m.key_space != 'cache' or recipe.training.gates.noise != 'projector') and said not in self.notes: self.notes.append(said)
     if problems: raise ValueError(problems[0] if len(problems) == 1 else f"{len(problems)} problems in the recipe:\n" + '\n'.join(f'- {p}' for p in problems))
     return self
 

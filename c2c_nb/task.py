@@ -7,7 +7,6 @@ __all__ = ['Task', 'Source', 'sources', 'empty_model', 'saved_bytes', 'memory', 
            'dynamic_weights', 'fuser_folders']
 
 # %% ../nbs/06g_task.ipynb #task-imports
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
