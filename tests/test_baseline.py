@@ -368,7 +368,7 @@ def test_stages_add_up_and_hooks_are_gone():
     answers = system.answer(chats, max_new_tokens=4)
     total = time.perf_counter() - begin
     assert set(answers[0].seconds) == {'rest', 'message', 'sharer', 'receiver', 'fusion', 'decode'} and min(answers[0].seconds.values()) > 0
-    assert .8*total < sum(v for a in answers for v in a.seconds.values()) <= total
+    assert .5*total < sum(v for a in answers for v in a.seconds.values()) <= total
     assert set(alone_of(c2c).answer(chats, names)[0].seconds) == {'rest', 'receiver'} and hooks() == before
     broken = copy.deepcopy(c2c)
     def fail(*_): raise RuntimeError('stop')
@@ -382,14 +382,14 @@ def test_a_stage_is_where_the_time_is():
     "A slow sharer, receiver or fuser is found in its own stage; another thread's calls in none."
     c2c = copy.deepcopy(pair('qwen3'))
     for module, stage in ((c2c.sharers[0].base_model, 'sharer'), (c2c.fusers[0], 'fusion'), (c2c.receiver.base_model, 'receiver')):
-        handle = module.register_forward_hook(lambda *_: time.sleep(.1))
+        handle = module.register_forward_hook(lambda *_: time.sleep(.3))
         took = C2C(c2c).answer(texts[:1], max_new_tokens=1)[0].seconds
         handle.remove()
-        assert took[stage] > .1 and all(v < .1 for k, v in took.items() if k != stage), (stage, took)
-    handle = c2c.receiver.register_forward_hook(lambda *_: time.sleep(.1))
+        assert took[stage] > .3 and all(v < .3 for k, v in took.items() if k != stage), (stage, took)
+    handle = c2c.receiver.register_forward_hook(lambda *_: time.sleep(.2))
     took = Alone(c2c.receiver, tiny_train.tokenizer(), generation=dict(eos_token_id=[])).answer(texts[:1], max_new_tokens=4)[0].seconds
     handle.remove()
-    assert .1 < took['receiver'] < .2 and took['decode'] > .3      # one pass is reading, three are decoding
+    assert .2 < took['receiver'] < .4 and took['decode'] > .6      # one pass is reading, three are decoding
     stages, layer = Stages(), torch.nn.Linear(2, 2)
     with stages.watch({layer: 'receiver'}, layer):
         t = threading.Thread(target=lambda: layer(torch.ones(2))); t.start(); t.join()
