@@ -169,6 +169,17 @@ class FuserConfig:
     fingerprint:str|None = None # hash of the weights, written on saving
     format_version:int = 1 # of this format
 
+# %% ../nbs/02_fuser.ipynb #def-pick
+def _pick(x, rows, columns):
+    "Positions of (..., b, h, t, d) as one row: (..., 1, h, n, d)."
+    return x.transpose(-3, -2)[..., rows, columns, :, :].transpose(-3, -2).unsqueeze(-4)
+
+def _put(new, old, rows, columns):
+    "A copy of `old` (l, b, h, t, d) with such a row back in its places."
+    out = old.transpose(-3, -2).clone()
+    out[:, rows, columns] = new.squeeze(-4).transpose(-3, -2)
+    return out.transpose(-3, -2)
+
 # %% ../nbs/02_fuser.ipynb #def-fuser
 class Fuser(nn.Module, PyTorchModelHubMixin, library_name='c2c_nb', tags=['c2c', 'cache-to-cache', 'kv-cache']):
     """All projectors of one sharer → receiver pair, with the layer map.
@@ -247,6 +258,7 @@ class Fuser(nn.Module, PyTorchModelHubMixin, library_name='c2c_nb', tags=['c2c',
         if active is not None and not self.stacks[0].projector.position_wise: raise ValueError(f"{self.config.projector} with these arguments depends on how far a position is from the start of its section, so positions cannot be left out: give texts one by one or of equal length, and let `active` cover whole sections")
         for layers, stack in zip(self.groups, self.stacks):
             device = next(stack.parameters()).device
+            if active is not None: rows, columns = (x.to(device, non_blocking=True) for x in active.nonzero(as_tuple=True))     # of a mask on the CPU: nothing waits
             gather = lambda kv, which, half: torch.stack([kv[i][half].to(device=device, non_blocking=True) for i in which])
             start = 0
             while start < len(layers):                           # runs of neighbouring layers with the same gates open: slices of the stack, no copies of weights
@@ -258,11 +270,10 @@ class Fuser(nn.Module, PyTorchModelHubMixin, library_name='c2c_nb', tags=['c2c',
                 rk, rv = gather(receiver_kv, run, 0), gather(receiver_kv, run, 1)
                 u = self.draw_u(len(run), rk[0]) if soft else None
                 sk, sv = gather(sharer_kv, mapped, 0), gather(sharer_kv, mapped, 1)
-                if active is not None:
-                    where = active.to(device)[None, :, None, :, None]
-                    if torch.is_grad_enabled(): sk, sv = sk.masked_fill(~where, 0), sv.masked_fill(~where, 0)     # or NaN there would reach the gradient
+                old = rk, rv
+                if active is not None: rk, rv, sk, sv, u = (x if x is None else _pick(x, rows, columns) for x in (rk, rv, sk, sv, u))     # nothing is computed for the others
                 fused = stack(sk, sv, rk, rv, u, slice(start_, stop), keys, values)
-                if active is not None: fused = [None if x is None else torch.where(where, x, r) for x, r in zip(fused, (rk, rv))]
+                if active is not None: fused = [None if x is None else _put(x, r, rows, columns) for x, r in zip(fused, old)]
                 if finite is not None: finite += [torch.isfinite(x).all() for x in fused if x is not None]
                 halves = [[None]*len(run) if x is None else x.unbind(0) for x in fused]
                 home = lambda x, old: x if x is None else x.to(old.device)

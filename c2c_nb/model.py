@@ -148,14 +148,14 @@ def _own(self:C2CModel, cache, start, stop):
 @patch
 def _fuse(self:C2CModel, own, cache, cut, plan, finite):
     "Keys and values of every layer at one cut, fused into what the receiver has (`own`); untouched tensors are the same objects."
-    layers, fusable = len(own), self.fusers[0].receiver_geometry.fusable
+    layers = len(own)
     speaking = [j for j in range(len(self.fusers)) if cut.active[..., j].any()]
     add = self.fusion == 'parallel' and len(speaking) > 1
     wide = [kv and tuple(x.float() for x in kv) for kv in own] if add else own
-    now, total, device = list(own), [[None, None] for _ in range(layers)], own[fusable[0]][0].device
+    now, total = list(own), [[None, None] for _ in range(layers)]
     for j in speaking:
         fuser, active = self.fusers[j], cut.active[..., j]
-        active = None if active.all() else active.to(device, non_blocking=True)
+        active = None if active.all() else active
         theirs = _theirs(cache.sharers[j], plan.pairing[j], set(fuser.layer_map), cut.start, cut.stop)
         before = wide if add else now
         if fuser.config.key_space == 'unrotated': fused = self._fuse_unrotated(fuser, j, theirs, before, active, plan, cut, finite)

@@ -284,7 +284,7 @@ def dynamic_weights(
         cuts, sums = [c for c in plan.cuts if c.active[..., j].any()], {}
         for name, k, w in seen:
             of = sums.setdefault((name, k), []); cut = cuts[len(of)]
-            of.append((w[:, cut.active[..., j].flatten().to(w.device)].mean(-1).sum(-1), int(cut.active[..., j].sum())))
+            of.append((w.mean(-1).sum(-1), int(cut.active[..., j].sum())))     # only what is active is computed
         result = {x: [None]*len(fuser.layer_map) for x in ('key', 'value')}
         for (name, k), parts in sums.items():
             mean = (sum(s for s, _ in parts)/sum(n for _, n in parts)).tolist()
