@@ -90,7 +90,7 @@ def evaluate(
     max_new_tokens:int|None=None, # of an answer; None: as the benchmark says
     max_errors:float=.01, # share of questions that may raise an error
     progress:bool=True, # show a progress bar
-)->'Evaluation':
+): # the `Evaluation`
     """Ask every system every question. Raises `ValueError` for questions that cannot be asked this way, `FileExistsError` for a folder with another evaluation, `RuntimeError` when too many questions raised errors."""
     if method not in ('generate', 'options'): raise ValueError(f"method={method!r} was given; use 'generate' or 'options'")
     if not systems: raise ValueError("no systems were given; at least one is needed")
