@@ -94,7 +94,9 @@ def plan(self:C2CModel,
 
 # %% ../nbs/04_model.ipynb #def-continue-model
 @patch
-def _continue(self:C2CModel, cache, input_ids): return continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, self.receiver.config, [s.config for s in self.sharers])
+def _continue(self:C2CModel, cache, input_ids):
+    if isinstance(input_ids, Tensor) and input_ids.device != self.device: raise ValueError(f"input_ids are on {input_ids.device}, the receiver is on {self.device}: move the ids there")
+    return continue_cache(cache, self.fusers[0].receiver_geometry, input_ids, self.receiver.config, [s.config for s in self.sharers])
 
 # %% ../nbs/04_model.ipynb #def-keywords
 @functools.cache
@@ -396,7 +398,7 @@ def plain_head(
 )->bool:
     "Are a model's logits what its output embeddings make of the last hidden state?"
     head, device = model.get_output_embeddings(), model.get_input_embeddings().weight.device
-    if head is None or device.type == 'meta': return False
+    if head is None or model.base_model is model or device.type == 'meta': return False
     ids, mode = torch.arange(3, 7, device=device)[None] % model.get_input_embeddings().weight.shape[0], model.training
     model.eval()
     try: return torch.equal(head(model.base_model(input_ids=ids, use_cache=False)[0]), model(input_ids=ids, use_cache=False).logits)

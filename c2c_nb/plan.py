@@ -211,7 +211,6 @@ def _check_batch(receiver, sharers, input_ids, attention_mask, sharer_input_ids,
     shape, device = tuple(input_ids.shape), input_ids.device
     if 0 in shape: raise ValueError(f"input_ids has shape {shape}: an empty prompt cannot be answered; give at least one token")
     if input_ids.dtype not in (torch.long, torch.int): raise ValueError(f"input_ids are {input_ids.dtype}, token ids must be integers (torch.long)")
-    if device != receiver.device: raise ValueError(f"input_ids are on {device}, the receiver is on {receiver.device}: move the ids there")
     for name, x in dict(attention_mask=attention_mask, sections=sections, position_ids=position_ids, labels=labels).items():
         if x is not None: _expect(name, x, shape, device)
     if active is not None:

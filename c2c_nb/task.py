@@ -271,7 +271,7 @@ def dynamic_weights(
     batch:dict, # from the processor
 )->list[dict]: # for each sharer, 'key' and 'value': mean weight in every receiver layer, None where nothing is fused
     "How much of what a fuser proposes is taken over, on average over the positions that are fused."
-    plan = c2c.plan(**{k: v for k, v in batch.items() if k != 'labels'}, align='section')     # no answer begins before all prompts are over
+    plan = c2c.plan(**{k: v for k, v in batch.items() if k != 'labels'}, align='section').to(c2c.device)     # no answer begins before all prompts are over
     plan.gates = [[(j is not None,)*2 for j in f.layer_map] for f in c2c.fusers]
     out, work = [], c2c.new_cache()
     found = [[] for _ in c2c.fusers]

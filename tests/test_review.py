@@ -117,3 +117,14 @@ def test_none_of_the_checkpoints_is_good(tmp_path):
     before = (tmp_path/'run'/'log.jsonl').read_bytes()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match='none of the checkpoints'): start(recipe(tmp_path/'run', 'training.steps=2', 'output.save_every=1'), resume=True)
     assert (tmp_path/'run'/'log.jsonl').read_bytes() == before
+
+
+def test_a_batch_is_planned_on_the_cpu_for_models_elsewhere():
+    "As in training on a GPU; what reads at once says that the ids are in the wrong place."
+    import copy
+    there = [copy.deepcopy(m).to('meta') for m in (model('receiver'), model('llama'))]
+    c2c = C2CModel(*there[:1], there[1:], [Fuser.from_models(*there, hidden_dim=8).to('meta').train()], strict=False, processor=C2CProcessor(tokenizer('one'), [tokenizer('two')]))
+    batch = c2c.processor([dict(role='user', content='why?')], answers='the moon sings')
+    plan = c2c.plan(**batch, align='section')
+    assert plan.ids.device.type == 'cpu' and plan.supervised.shape[1] and plan.to('meta').ids.device.type == 'meta'
+    with pytest.raises(ValueError, match='the receiver is on meta'): c2c(batch['input_ids'])
