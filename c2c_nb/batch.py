@@ -55,13 +55,14 @@ def encode_sample(
         if over <= 0: break
         sample = shorten(sample, processor.receiver_tokenizer, over) if shorten and left else None
         if sample is None: return nothing | dict(problem=f'more than {max_tokens} tokens')
-    max_length = min(max_length, *(positions[:1] if positions and positions[0] else ()), max_length)
+    if positions and positions[0]: max_length = min(max_length, positions[0])
     over, answer = max(0, len(row['input_ids']) - max_length), sum(l != -100 for l in row['labels'])
     if over >= answer: return nothing | dict(problem=f'the prompt leaves no room for an answer within {max_length} tokens')
     if not any(row['active']): return nothing | dict(problem='nothing in the prompt can be fused')
     row = cut_answer(row, over, follow)
+    prompt = sum(m for m, s in zip(row['attention_mask'], row['sections']) if s < row['sections'][-1])
     for j, mask in enumerate(row['sharer_attention_mask']):
-        read = sum(row['attention_mask']) if mask is None and follow else sum(m for m, s in zip(row['attention_mask'], row['sections']) if s < row['sections'][-1]) if mask is None else sum(mask)
+        read = sum(mask) if mask is not None else sum(row['attention_mask']) if follow else prompt
         if positions and positions[j+1] and read > positions[j+1]: return nothing | dict(problem=f'sharer {j} would read more than its {positions[j+1]} positions')
     return row | dict(problem=None, cut=over)
 

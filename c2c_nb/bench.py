@@ -11,7 +11,6 @@ __all__ = ['MMLU_SUBJECTS', 'LOCALES', 'CEVAL_SUBJECTS', 'CMMLU_SUBJECTS', 'NAME
 # %% ../nbs/07d_bench.ipynb #bench-imports
 import glob
 import hashlib
-import inspect
 import json
 import os
 import random
@@ -24,7 +23,7 @@ from pathlib import Path
 import yaml
 from fastcore.basics import patch
 
-from .data import BadRow, ChatData, Report, _builders, nearest, text_of
+from .data import BadRow, ChatData, Report, _builders, nearest, text_of, with_fields
 from .extract import alike_code, extract_choice, extract_math, named_class, named_number, need_math_verify, overlap, rouge_l, same_result, same_text, split_words, spoken
 from .sets import LONGBENCH, LongBench as LongBenchData, Toy as ToyData, cut_middle, longbench_part
 
@@ -308,12 +307,7 @@ def register_benchmark(
 )->type: # the same class, a dataclass now
     "Class decorator: makes a benchmark known by its `name` and its `official` one. Raises `TypeError` for another class."
     if not (isinstance(cls, type) and issubclass(cls, Benchmark)): raise TypeError(f"{cls!r} is not a subclass of Benchmark: write class {getattr(cls, '__name__', 'Mine')}(Benchmark)")
-    if '__dataclass_fields__' not in vars(cls):
-        own = inspect.get_annotations(cls)
-        for f in fields(cls):
-            if f.name in vars(cls) and f.name not in own: own[f.name] = f.type
-        cls.__annotations__ = own
-        cls = dataclass(kw_only=True)(cls)
+    cls = with_fields(cls)
     if not vars(cls).get('name'): cls.name = cls.__name__.lower()
     for name in (cls.name, vars(cls).get('official')):
         if name and (cls.__module__ != 'c2c_nb.bench' or _spelled(name) not in _benchmarks): _benchmarks[_spelled(name)] = cls     # those of the package do not replace yours

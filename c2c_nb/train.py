@@ -111,7 +111,9 @@ class Trainer:
         self.folder, self.points = Path(recipe.output.folder), Path(recipe.output.folder)/'checkpoints'
         self.ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp, InitProcessGroupKwargs(timeout=timedelta(days=2))])     # the recipe decides, not the launcher; and others wait while one encodes
-        if self.acc.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU): raise ValueError(f"accelerate was told to distribute by {self.acc.distributed_type.value}, which cannot be done here: weights are saved by one process that has all of them. Use several processes that each hold the models (accelerate launch --num_processes N), or fewer layers at a time")
+        spread = next((k for k in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM') if os.environ.get(f'ACCELERATE_USE_{k}', '').lower() == 'true'), None)
+        if spread or self.acc.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+            raise ValueError(f"accelerate was told to distribute by {spread or self.acc.distributed_type.value}, which cannot be done here: every process has to hold the whole models. Use accelerate launch --num_processes N without it, and load the frozen models in bfloat16 (model.dtype)")
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
         if not dry: self._check_folder(resume, force)
         if task is None: task = make_task(recipe)

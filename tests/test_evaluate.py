@@ -88,6 +88,7 @@ def test_killed_and_shared(pair, golden, assets, tmp_path):
     out, err = p.communicate(timeout=300)
     assert p.returncode == 0, err[-3000:]
     assert (tmp_path/'e'/'records-001.jsonl').exists() and plain(read_records(tmp_path/'e')) == plain(whole.records)
+    assert sum(l.endswith('}') for f in (tmp_path/'e').glob('records*') for l in f.read_text().splitlines()) == len(whole.records), 'nobody asks what another process asks, or what has been asked'
 
 
 class Fails(System):
@@ -144,4 +145,5 @@ def test_command(pair, golden, assets, tmp_path):
     for change, says in ((['--method', 'logits'], "'generate' or 'options'"), (['--max-new-tokens', '5'], 'another evaluation')):
         done = shell(*args, *change, cwd=golden)
         assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
+        assert ('Loading' in done.stderr) == ('logits' not in change), 'what can be seen without torch is said without it'
     assert "did you mean 'openbookqa'" in shell(str(tmp_path/'fuser'), 'openbokqa', 'x', '--quiet', cwd=tmp_path).stderr

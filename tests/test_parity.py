@@ -129,6 +129,41 @@ def gradients(c2c):
     return out
 
 
+def toss(c2c, g, active, where, followed=False):
+    "Let the gates be tossed with the stored draws, put where the rows lie in our layout; an iterator over those left."
+    draws = iter([g[k] for k in sorted(g) if k.startswith('u.')])
+    def recorded(layers, like):
+        u = torch.stack([torch.stack([next(draws), next(draws)]) for _ in range(layers)])
+        if followed: return u
+        out = torch.full((layers, 2, *like.shape[:-1], 1), .5)
+        for row in range(len(where)): out[:, :, row, :, active[row].any(-1)] = u[:, :, row][:, :, :, where[row].nonzero()[:, 0]]
+        return out
+    for fuser in c2c.fusers: fuser.draw_u = recorded
+    return draws
+
+
+def check_gradients(c2c, info):
+    "The total norm, and that of every parameter; the gradients."
+    ours = gradients(c2c)
+    norm = lambda n: ours[n].norm().item() if n in ours else 0.
+    assert math.sqrt(sum(x.double().norm().item()**2 for x in ours.values())) == pytest.approx(info['total_grad_norm'], rel=1e-3)
+    assert set(ours) <= set(info['grad_norms'])
+    assert not {n: (norm(n), v) for n, v in info['grad_norms'].items() if norm(n) != pytest.approx(v or 0., rel=1e-3, abs=1e-6*info['total_grad_norm'])}
+    return ours
+
+
+def aligned_training(golden, models):
+    "Case t08: what is stored of it, the model, and the batch."
+    info, f = read_json(golden/'training.json')['t08_aligned_nogumbel_b1'], read_json(golden/'collator.json')['aligned_features'][0]
+    c2c = golden_model(golden, models, [1], 'parallel')
+    for stack in c2c.fusers[0].stacks: stack.projector.gate_noise = None
+    c2c.train()
+    ids, fused = [torch.tensor(x)[None] for x in f['input_ids']], torch.tensor(f['kv_cache_index'])[None, :, 0] > 0
+    masks, n = [(~torch.tensor(x)[None]).long() for x in f['model_padding_mask']], fused.shape[1]
+    sections = torch.cat([torch.zeros(1, 1, dtype=torch.long), (fused[:, 1:] != fused[:, :-1]).long().cumsum(1)], 1)
+    return info, c2c, dict(input_ids=ids[0], attention_mask=masks[0], labels=torch.tensor(f['labels'])[None], sharer_input_ids=[ids[1]], sharer_attention_mask=[masks[1]], active=fused[..., None], sections=sections, position_ids=torch.arange(n)[None])
+
+
 @pytest.mark.parametrize('case', trainings)
 def test_training(golden, models, case):
     "Loss, gradient norm of every parameter, and of t01 every gradient."
@@ -142,25 +177,12 @@ def test_training(golden, models, case):
     c2c.train()
     if info['gumbel']:
         for fuser in c2c.fusers: fuser.set_temperature(info['gate_temperature'])
-    draws, active = iter([g[k] for k in sorted(g) if k.startswith('u.')]), c2c.plan(ids, **kw, align='section').cuts[0].active
-    def recorded(layers, like):
-        "The official draws, put where the rows lie in our layout."
-        u, out = torch.stack([torch.stack([next(draws), next(draws)]) for _ in range(layers)]), torch.full((layers, 2, *like.shape[:-1], 1), .5)
-        for row in range(len(ids)): out[:, :, row, :, active[row].any(-1)] = u[:, :, row][:, :, :, (fused & (mask > 0))[row].nonzero()[:, 0]]
-        return out
-    for fuser in c2c.fusers: fuser.draw_u = recorded
+    draws = toss(c2c, g, c2c.plan(ids, **kw, align='section').cuts[0].active, fused & (mask > 0))
     out = c2c(ids, **kw)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(info['loss'], abs=1e-4)
     assert next(draws, None) is None or not info['gumbel'], 'all stored draws were used'
-    ours = gradients(c2c)
-    total = math.sqrt(sum(x.double().norm().item()**2 for x in ours.values()))
-    assert total == pytest.approx(info['total_grad_norm'], rel=1e-3)
-    names = set(info['grad_norms'])
-    assert set(ours) <= names
-    wrong = {n: (ours[n].norm().item() if n in ours else 0., v) for n, v in info['grad_norms'].items()
-        if (ours[n].norm().item() if n in ours else 0.) != pytest.approx(v or 0., rel=1e-3, abs=1e-6*info['total_grad_norm'])}
-    assert not wrong
+    ours = check_gradients(c2c, info)
     for n, x in ((k.removeprefix('grad.'), x) for k, x in g.items() if k.startswith('grad.')):
         close(ours[n] if n in ours else torch.zeros_like(x), x, 1e-3*max(x.abs().max().item(), 1e-3))
     if 'last_section_logits' in g: assert out.logits.shape[-1] == g['last_section_logits'].shape[-1]
@@ -168,19 +190,11 @@ def test_training(golden, models, case):
 
 def test_training_aligned(golden, models):
     "Loss and gradient norms of a chat whose models read their own templates."
-    info, f = read_json(golden/'training.json')['t08_aligned_nogumbel_b1'], read_json(golden/'collator.json')['aligned_features'][0]
-    c2c = golden_model(golden, models, [1], 'parallel')
-    for stack in c2c.fusers[0].stacks: stack.projector.gate_noise = None
-    c2c.train()
-    ids, fused = [torch.tensor(x)[None] for x in f['input_ids']], torch.tensor(f['kv_cache_index'])[None, :, 0] > 0
-    masks, n = [(~torch.tensor(x)[None]).long() for x in f['model_padding_mask']], fused.shape[1]
-    sections = torch.cat([torch.zeros(1, 1, dtype=torch.long), (fused[:, 1:] != fused[:, :-1]).long().cumsum(1)], 1)
-    out = c2c(ids[0], masks[0], torch.tensor(f['labels'])[None], [ids[1]], [masks[1]], fused[..., None], sections, torch.arange(n)[None])
+    info, c2c, batch = aligned_training(golden, models)
+    out = c2c(**batch)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(info['loss'], abs=1e-4)
-    ours = gradients(c2c)
-    norm = lambda n: ours[n].norm().item() if n in ours else 0.
-    assert not {n: (norm(n), v) for n, v in info['grad_norms'].items() if norm(n) != pytest.approx(v or 0., rel=1e-3, abs=1e-6*info['total_grad_norm'])}
+    check_gradients(c2c, info)
 
 
 # projectors

@@ -1,5 +1,5 @@
 "Faults that a review of training found, each as it was seen."
-import json
+import json, os
 from pathlib import Path
 
 import pytest, torch
@@ -10,6 +10,7 @@ from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 from c2c_nb.recipe import set_values
 from c2c_nb.train import Trainer, read_log, train
+from conftest import root, run_python
 from tiny_train import model, recipe, run, start, tokenizer
 
 
@@ -60,15 +61,16 @@ def test_rows_longer_than_a_model(tmp_path, follow):
 
 
 def test_the_next_step_is_planned_before_validation(tmp_path, monkeypatch):
-    "However slow the planning thread is, a step is planned with training's soft gates."
+    "However slow the planning thread is, and however long validation takes, a step is planned with training's soft gates."
     import time
-    seen, plain = [], Trainer._bites
+    seen, plain, asked = [], Trainer._bites, Trainer._held_out_loss
     def slow(self, step):
-        time.sleep(.15)
+        time.sleep(.2)
         out = plain(self, step); seen.append([p.gates for (p, _), _, _ in out]); return out
-    monkeypatch.setattr(Trainer, '_bites', slow)
-    run(recipe(tmp_path/'run', 'training.steps=4', 'validation.every=1', 'validation.share=0.3'))
-    assert len(seen) == 4 and all(g is None for bites in seen for gates in bites for g in gates)
+    def long(self): time.sleep(.6); return asked(self)
+    monkeypatch.setattr(Trainer, '_bites', slow); monkeypatch.setattr(Trainer, '_held_out_loss', long)
+    run(recipe(tmp_path/'run', 'training.steps=3', 'validation.every=1', 'validation.share=0.3'))
+    assert len(seen) == 3 and all(g is None for bites in seen for gates in bites for g in gates)
 
 
 def test_forced_changes_count(tmp_path):
@@ -87,18 +89,20 @@ def test_force_throws_away_runs_only(tmp_path):
     assert (tmp_path/'mine'/'model'/'weights').read_text() == 'precious'
 
 
-@pytest.mark.parametrize('variable,value', [('ACCELERATE_MIXED_PRECISION', 'bf16'), ('ACCELERATE_GRADIENT_ACCUMULATION_STEPS', '4')])
-def test_the_recipe_decides_not_the_launcher(tmp_path, monkeypatch, variable, value):
-    from accelerate.state import AcceleratorState
-    plain = run(recipe(tmp_path/'a', 'training.steps=2', 'output.log_every=1'))
-    monkeypatch.setenv(variable, value)
-    set_ = run(recipe(tmp_path/'b', 'training.steps=2', 'output.log_every=1'))
-    assert [r['loss'] for r in read_log(tmp_path/'a') if 'loss' in r] == [r['loss'] for r in read_log(tmp_path/'b') if 'loss' in r]
-    assert [r['grad_norm'] for r in read_log(tmp_path/'a') if 'loss' in r] == [r['grad_norm'] for r in read_log(tmp_path/'b') if 'loss' in r]
+def test_the_recipe_decides_not_the_launcher(tmp_path):
+    "What `accelerate launch` sets in the environment changes neither precision nor the size of gradients; spread models are refused."
+    def losses(folder, **env):
+        code = f"from tiny_train import recipe, run\nrun(recipe({str(folder)!r}, 'training.steps=2', 'output.log_every=1'))"
+        done = run_python(code, root/'tests', PYTHONPATH=f'{root}{os.pathsep}{root/"tests"}', **env)
+        return done.stderr if done.returncode else [(r['loss'], r['grad_norm']) for r in read_log(folder) if 'loss' in r]
+    plain = losses(tmp_path/'a')
+    assert len(plain) == 2 and isinstance(plain, list)
+    assert losses(tmp_path/'b', ACCELERATE_MIXED_PRECISION='bf16', ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4') == plain
+    assert 'which cannot be done here' in losses(tmp_path/'c', ACCELERATE_USE_FSDP='true')
 
 
 def test_closed_for_ever_is_refused(tmp_path):
-    with pytest.raises(ValueError, match='nothing can be learned'): run(recipe(tmp_path/'run', 'training.gates.noise=null', 'model.projector.args.gate_init=-1'))
+    with pytest.raises(ValueError, match='nothing can be learned'): start(recipe(tmp_path/'run', 'training.gates.noise=null', 'model.projector.args.gate_init=-1'))
 
 
 def test_what_stands_between_prompt_and_answer(assets):

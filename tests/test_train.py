@@ -14,7 +14,7 @@ from c2c_nb.projector import C2CProjector
 from c2c_nb.task import dynamic_weights
 from c2c_nb.train import Trainer, plot_run, read_log, train
 
-from test_parity import golden_model, gradients, models, read_json, training_batch, trainings
+from test_parity import aligned_training, check_gradients, golden_model, gradients, models, read_json, toss, training_batch, trainings
 from safetensors.torch import load_file
 from tiny_train import Stopped, TinyChats, assert_same, chats, model, outcome, processor, recipe, run, start, task, tokenizer
 
@@ -31,11 +31,7 @@ def check_official(c2c, info, plan):
     loss = c2c.answer_loss(plan, plain=plain_head(c2c.receiver)) / plan.supervised.shape[1]
     loss.backward()
     assert loss.item() == pytest.approx(info['loss'], abs=1e-4)
-    ours = gradients(c2c)
-    assert math.sqrt(sum(x.double().norm().item()**2 for x in ours.values())) == pytest.approx(info['total_grad_norm'], rel=1e-3)
-    norm = lambda n: ours[n].norm().item() if n in ours else 0.
-    assert set(ours) <= set(info['grad_norms'])
-    assert not {n: (norm(n), v) for n, v in info['grad_norms'].items() if norm(n) != pytest.approx(v or 0., rel=1e-3, abs=1e-6*info['total_grad_norm'])}
+    check_gradients(c2c, info)
 
 
 @pytest.mark.parametrize('case', [*trainings, *followed])
@@ -51,29 +47,15 @@ def test_official_steps(golden, models, case):
     c2c.train()
     for fuser in c2c.fusers: fuser.set_temperature(info['gate_temperature'] or 1.)
     plan = c2c.plan(ids, mask, labels=labels, active=fused[..., None].expand(-1, -1, len(sharers)), sections=(~fused).long(), align='section')
-    draws, active = iter([g[k] for k in sorted(g) if k.startswith('u.')]), plan.cuts[0].active
-    def recorded(layers, like):
-        "The official draws, put where the rows lie in our layout."
-        u = torch.stack([torch.stack([next(draws), next(draws)]) for _ in range(layers)])
-        if case in followed: return u
-        out = torch.full((layers, 2, *like.shape[:-1], 1), .5)
-        for row in range(len(ids)): out[:, :, row, :, active[row].any(-1)] = u[:, :, row][:, :, :, (fused & (mask > 0))[row].nonzero()[:, 0]]
-        return out
-    for fuser in c2c.fusers: fuser.draw_u = recorded
+    draws = toss(c2c, g, plan.cuts[0].active, fused & (mask > 0), case in followed)
     check_official(c2c, info, plan)
     assert next(draws, None) is None or not info['gumbel'], 'all stored draws were used'
 
 
 def test_official_step_with_two_tokenizers(golden, models):
     "t08: both models read their own templates."
-    info, f = read_json(golden/'training.json')['t08_aligned_nogumbel_b1'], read_json(golden/'collator.json')['aligned_features'][0]
-    c2c = golden_model(golden, models, [1], 'parallel')
-    for stack in c2c.fusers[0].stacks: stack.projector.gate_noise = None
-    c2c.train()
-    ids, fused = [torch.tensor(x)[None] for x in f['input_ids']], torch.tensor(f['kv_cache_index'])[None, :, 0] > 0
-    masks, n = [(~torch.tensor(x)[None]).long() for x in f['model_padding_mask']], fused.shape[1]
-    sections = torch.cat([torch.zeros(1, 1, dtype=torch.long), (fused[:, 1:] != fused[:, :-1]).long().cumsum(1)], 1)
-    check_official(c2c, info, c2c.plan(ids[0], masks[0], [ids[1]], [masks[1]], fused[..., None], sections, torch.arange(n)[None], torch.tensor(f['labels'])[None], align='section'))
+    info, c2c, batch = aligned_training(golden, models)
+    check_official(c2c, info, c2c.plan(**batch, align='section'))
 
 
 # ---------------------------------------------------------------- every supervised token of every row (contract 2)
@@ -172,13 +154,18 @@ def test_rows_may_be_read_in_parts(tmp_path):
 def no_figure(monkeypatch): monkeypatch.setattr('c2c_nb.train.plot_run', lambda *args: None)
 
 
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    "A run from start to end, with two sharers and all that is random, and what came out."
-    folder = tmp_path_factory.mktemp('whole')
+def run_once(folder, **kwargs):
+    "A run from start to end, without its figure."
     with pytest.MonkeyPatch.context() as m:
         m.setattr('c2c_nb.train.plot_run', lambda *args: None)
-        it = run(recipe(folder, sharers=2))
+        return run(recipe(folder, **kwargs))
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "A run with two sharers and all that is random, and what came out."
+    folder = tmp_path_factory.mktemp('whole')
+    it = run_once(folder, sharers=2)
     return folder, it, outcome(folder)
 
 
@@ -186,9 +173,7 @@ def whole(tmp_path_factory):
 def undisturbed(tmp_path_factory):
     "What comes out of the plain recipe."
     folder = tmp_path_factory.mktemp('undisturbed')
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr('c2c_nb.train.plot_run', lambda *args: None)
-        run(recipe(folder))
+    run_once(folder)
     return outcome(folder)
 
 
