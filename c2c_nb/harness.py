@@ -372,7 +372,7 @@ def _loglikelihood_tokens(self:C2CLM, requests, disable_tqdm=False, override_bs=
     order = sorted(groups.items(), key=lambda g: (-size(g), g[0][1]))
     probe = [(None, list(ids), max((requests[i][2] for i in where), key=len)) for (_, ids), where in order]
     auto = self.batch_size == 'auto' and not override_bs
-    if auto: self.batch_sizes = {}
+    if auto and fused: self.batch_sizes = {}
     bar = tqdm(total=len(fused), disable=disable_tqdm or self.rank != 0 or not fused, desc='Running loglikelihood requests over the fused cache')
     for chunk in Collator.get_chunks(order, n=0 if auto else override_bs or self.batch_size, fn=(lambda pos, _: self._batch_scheduler(pos, probe)) if auto else None):
         found = self.score([text for (text, _), _ in chunk], [list(ids) for (_, ids), _ in chunk], [[requests[i][2] for i in where] for _, where in chunk])
