@@ -1,5 +1,5 @@
 "lm-eval runs C2C: closed gates against HFLM, open gates against the systems, chats, cropping, T2T, real benchmarks, the command."
-import importlib.util, json, os, re, sys
+import importlib.util, json, re, sys
 
 import pytest, torch, yaml
 from transformers import AutoModelForCausalLM
@@ -229,10 +229,9 @@ files = dict(openbook='openbookqa/main/test.jsonl', arc='ai2_arc/ARC-Challenge/t
 def real(assets, tmp_path_factory):
     "Task files over real benchmarks, and the real tiny pair with a fuser that was not trained, open and closed; each saved."
     folder = tmp_path_factory.mktemp('harness')
-    os.environ['HF_DATASETS_CACHE'] = str(folder/'datasets')
     for name, task in tasks.items():
         (folder/f'{name}.jsonl').write_text(''.join((assets/'benchmarks'/files[name]).read_text().splitlines(True)[:8]))
-        (folder/f'{name}.yaml').write_text(yaml.safe_dump(dict(task=f'local_{name}', dataset_kwargs=dict(data_files=dict(test=str(folder/f'{name}.jsonl'))), **task)))
+        (folder/f'{name}.yaml').write_text(yaml.safe_dump(dict(task=f'local_{name}', dataset_kwargs=dict(data_files=dict(test=str(folder/f'{name}.jsonl')), cache_dir=str(folder/'datasets')), **task)))
     receiver, sharer = (AutoModelForCausalLM.from_pretrained(assets/'models'/m).eval() for m in ('stories260K', 'aidreams260K'))
     tokenizers = [load_tokenizer(assets/'models'/m) for m in ('stories260K', 'aidreams260K')]
     for t, template in zip(tokenizers, (tiny_train.template, tiny_train.longer)): t.chat_template = template
@@ -270,7 +269,7 @@ def test_the_command(real, tmp_path):
     folder = real[0]
     args = ['--model', 'c2c', '--model_args', f"fuser={folder/'open'},system=C2C", '--tasks', 'local_openbook,local_gsm', '--include_path', str(folder), '--batch_size', '4', '--device', 'cpu', '--limit', '5', '--output_path', str(tmp_path), '--log_samples']
     program = 'import sys; from c2c_nb.harness import c2c_lm_eval; sys.argv = ["c2c_lm_eval", *{!r}]; c2c_lm_eval()'
-    done = run_python(program.format(args), cwd=root, HF_DATASETS_CACHE=str(tmp_path/'datasets'))
+    done = run_python(program.format(args), cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r'\|local_openbook *\|.*\|acc ', done.stdout) and 'exact_match' in done.stdout
     saved, = tmp_path.rglob('results_*.json')
