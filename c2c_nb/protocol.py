@@ -70,7 +70,7 @@ class EvalRecipe(AnyRecipe):
     max_new_tokens:int|None = None # of an answer; None: as the benchmark says
     batch_size:int = 16 # questions at once
     max_errors:float = .01 # share of questions that may raise an error
-    seed:int = 0 # of whatever is drawn
+    seed:int = 0 # of torch, for systems that draw
     output:EvalOutputRecipe
     notes:list = field(default_factory=list, compare=False, repr=False) # what was read but has no effect; not a key
 
