@@ -348,7 +348,8 @@ class Unfused:
 # %% ../nbs/09_evaluate.ipynb #def-open-eval-fuser
 def _open_fuser(name):
     "A fuser of ours, or a published one, which may lie in a folder of a repository."
-    if not Path(name).exists() and name.count('/') > 1: return Fuser.from_published('/'.join(name.split('/')[:2]), name.split('/', 2)[2])
+    repository, colon, subfolder = name.partition(':')
+    if colon and not Path(name).exists(): return Fuser.from_published(repository, subfolder)
     try: return Fuser.from_pretrained(name)
     except FileNotFoundError as e:
         if 'from_published' not in str(e): raise

@@ -18,7 +18,7 @@ from .recipe import AnyRecipe, OfficialKey, _check_folder, _check_leaves, _numbe
 @dataclass
 class EvalModelRecipe:
     "Receiver, sharers, and the fusers between them."
-    fusers:list[str] = field(default_factory=list) # saved fusers, ours or published, one for each sharer: folders, or OWNER/NAME or OWNER/NAME/SUBFOLDER on the hub; none: nothing is fused
+    fusers:list[str] = field(default_factory=list) # saved fusers, ours or published, one for each sharer: folders, or OWNER/NAME or OWNER/NAME:SUBFOLDER on the hub; none: nothing is fused
     receiver:str|None = None # folder, or name on the hub; None: the model that the fusers were made for
     sharers:list[str] = field(default_factory=list) # the same for sharers
     receiver_revision:str|None = None # branch, tag or commit on the hub
@@ -143,9 +143,7 @@ def _official_models(kind, take, need):
     if kind == 'T2T+C2C':
         where = Path(*text('model.rosetta_checkpoint_dir'), take('model.rosetta_subfolder'))
         return dict(receiver=take('model.answer_model_path'), sharers=text('model.context_model_path'), fusers=[where.as_posix()])
-    sharers, folders = need('model.rosetta_config.teacher_model'), take('model.rosetta_config.checkpoints_dir')
-    other = take('eval.checkpoints_dir')
-    folders = folders or other or need('model.rosetta_config.checkpoints_dir')
+    sharers, folders = need('model.rosetta_config.teacher_model'), take('model.rosetta_config.checkpoints_dir') or take('eval.checkpoints_dir') or need('model.rosetta_config.checkpoints_dir')
     sharers = list(sharers.values()) if isinstance(sharers, dict) else [sharers]
     folders = folders if isinstance(folders, list) else [folders]
     if len(folders) != len(sharers): raise ValueError(f"model.rosetta_config.checkpoints_dir names {len(folders)}, teacher_model {len(sharers)}; give one folder for each sharer, in the same order")
@@ -225,7 +223,7 @@ _choices = {'method': ('generate', 'options'), 'model.fusion': ('parallel', 'seq
 # %% ../nbs/08d_protocol.ipynb #def-check-eval-fuser
 def _check_fuser(name, path):
     "A folder of a fuser, or a name on the hub."
-    if Path(name).exists() or name.count('/') < 2 or name.startswith(('.', '/', '~')): yield from _check_folder(name, path, ('config.json', 'projector_config.json'))
+    yield from _check_folder(name if Path(name).exists() else name.partition(':')[0], path, ('config.json', 'projector_config.json'))
 
 # %% ../nbs/08d_protocol.ipynb #def-check-eval-model
 def _check_model(recipe):
