@@ -393,7 +393,7 @@ def load_models(
         models = [m.to(device) for m in build_models(world)]
     else:
         whose = _whose(model, fusers)
-        extra = dict(dtype=model.dtype, device_map=where) | (dict(attn_implementation=model.attn_implementation) if model.attn_implementation else {})
+        extra = dict(dtype=model.dtype) | ({} if where == 'cpu' else dict(device_map=where)) | (dict(attn_implementation=model.attn_implementation) if model.attn_implementation else {})
         try:
             processor = _processor(model, fusers, whose)         # before the models, which take longer
             models = [AutoModelForCausalLM.from_pretrained(n, revision=r or 'main', **extra).eval() for n, r in whose]
