@@ -9,6 +9,7 @@ __all__ = ['prompt_key', 'read_records', 'evaluate', 'Evaluation', 'part_of', 'P
 # %% ../nbs/09_evaluate.ipynb #eval-imports
 import hashlib
 import inspect
+import io
 import json
 import platform
 import statistics
@@ -34,7 +35,7 @@ from .model import C2CModel
 from .protocol import EvalModelRecipe, EvalRecipe
 from .recipe import RECIPE, _raise, import_modules, nearest
 from .stats import by_category, interval, paired
-from .toy import build_models, get_world
+from .toy import COLOURS, build_models, get_world
 
 # %% ../nbs/09_evaluate.ipynb #def-prompt-key
 def prompt_key(
@@ -162,7 +163,7 @@ def evaluate(
     state.wait_for_everyone()
     found = Evaluation(folder, list(systems), report=repr(report), about=_about(systems, recipe))
     found.check(len(questions), max_errors)
-    if state.is_main_process: found.save()
+    if state.is_main_process: found.save(); found.save_figures()
     return found
 
 # %% ../nbs/09_evaluate.ipynb #def-ask-batch
@@ -246,10 +247,24 @@ def compare(self:Evaluation,
 # %% ../nbs/09_evaluate.ipynb #def-results
 @patch
 def results(self:Evaluation)->list[dict]:
-    "Records for a fuser's model card: `fuser.config.training['results'] += evaluation.results()`."
-    name = next(iter(self.records))['benchmark']
+    "What a fuser's model card says of this evaluation."
+    name = self.records[0]['benchmark']
     return [dict(task=name, system=n, correct=self.count(n)[0], total=self.count(n)[1]) for n in self.systems]
 
+# %% ../nbs/09_evaluate.ipynb #def-add-to-card
+@patch
+def add_to_card(self:Evaluation,
+    fuser:str|Path|Fuser, # folder of a fuser, whose files are written anew; or a fuser, which is saved later
+)->list[dict]: # all results that it has now
+    "Put the results into a fuser's model card, in place of older ones of the same systems and benchmark. Raises `FileNotFoundError` or `ValueError` for what is no fuser."
+    found = fuser if isinstance(fuser, Fuser) else Fuser.from_pretrained(fuser)
+    new, training = self.results(), found.config.training or {}
+    kept = [r for r in training.get('results') or [] if (r['task'], r['system']) not in {(n['task'], n['system']) for n in new}]
+    found.config.training = training | dict(results=kept + new)
+    if found is not fuser: found.save_pretrained(fuser)
+    return kept + new
+
+# %% ../nbs/09_evaluate.ipynb #def-by-subject
 @patch
 def by_subject(self:Evaluation,
     baseline:str|None=None, # system that the others are compared with
@@ -271,26 +286,113 @@ def save(self:Evaluation):
     replace_file(self.folder/'summary.json', json.dumps(summary, indent=1, default=str))
     replace_file(self.folder/'table.md', self._repr_markdown_() + '\n')
 
+# %% ../nbs/09_evaluate.ipynb #def-colour
+def _colour(name):
+    "Of a system, the same in all figures."
+    return next((c for k, c in COLOURS.items() if name.startswith(k)), COLOURS['control'])
+
+def _figure(width, height, *args, **kwargs):
+    "A figure that notebooks show, and its axes."
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(width, height)); plt.close(fig)
+    return fig, fig.subplots(*args, **kwargs)
+
 # %% ../nbs/09_evaluate.ipynb #def-plot-eval
 @patch
 def plot(self:Evaluation,
     title:str='', # the finding
 ):# matplotlib figure
     "Accuracy of every system with its interval, and accuracy against time."
-    from matplotlib.figure import Figure
-    from c2c_nb.toy import COLOURS
-    colour = lambda n: next((c for k, c in COLOURS.items() if n.startswith(k)), COLOURS['control'])
-    fig = Figure(figsize=(9, .4*len(self.systems) + 1.6)); axs = fig.subplots(1, 2)
+    fig, axs = _figure(9, .4*len(self.systems) + 1.6, 1, 2)
     for y, n in enumerate(self.systems[::-1]):
         (k, m), t = self.count(n), 1000*sum(self.seconds(n).values())
         low, high = interval(k, m)
-        axs[0].barh(y, k/m, color=colour(n), xerr=[[k/m - low], [high - k/m]], ecolor='#444', capsize=2)
-        axs[1].errorbar(t, k/m, [[k/m - low], [high - k/m]], fmt='o', color=colour(n), capsize=2); axs[1].annotate(n, (t, k/m), xytext=(5, 4), textcoords='offset points', fontsize=8)
+        axs[0].barh(y, k/m, color=_colour(n), xerr=[[k/m - low], [high - k/m]], ecolor='#444', capsize=2)
+        axs[1].errorbar(t, k/m, [[k/m - low], [high - k/m]], fmt='o', color=_colour(n), capsize=2); axs[1].annotate(n, (t, k/m), xytext=(5, 4), textcoords='offset points', fontsize=8)
     axs[0].set(yticks=range(len(self.systems)), yticklabels=self.systems[::-1], xlim=(0, 1.02), xlabel='accuracy, 95 % interval'); axs[1].set(xlabel='milliseconds a question, batched (median)', ylabel='accuracy', ylim=(0, 1.05))
     for ax in axs: ax.spines[['top', 'right']].set_visible(False)
     if title: fig.suptitle(title, fontsize=11)
     fig.tight_layout()
     return fig
+
+# %% ../nbs/09_evaluate.ipynb #def-overlap
+@patch
+def overlap(self:Evaluation)->dict: # names of the systems that are right -> number of questions, the largest first
+    "How many questions exactly these systems have right."
+    ids = [i for i in self.by[self.systems[0]] if all(i in self.by[n] for n in self.systems)]
+    found = Counter(tuple(n for n in self.systems if self.by[n][i]['correct']) for i in ids)
+    return dict(sorted(found.items(), key=lambda x: (-x[1], x[0])))
+
+# %% ../nbs/09_evaluate.ipynb #def-kept-share
+@patch
+def kept(self:Evaluation,
+    a:str, # of the questions that this system has right,
+    b:str, # how many has this one right too?
+)->tuple[int, int]: # so many, of so many
+    "What one system knows of what another one knows (paper, Figure 8)."
+    both = [(self.by[a][i]['correct'], self.by[b][i]['correct']) for i in self.by[a].keys() & self.by[b].keys()]
+    return sum(x and y for x, y in both), sum(x for x, _ in both)
+
+# %% ../nbs/09_evaluate.ipynb #def-plot-overlap
+@patch
+def plot_overlap(self:Evaluation,
+    title:str='', # the finding
+    most:int=16, # columns
+):# matplotlib figure
+    "Which systems are right on the same questions (an UpSet plot): a column for each set of systems, with the number of questions that exactly these have right."
+    sets = list(self.overlap().items())
+    shown, rest = sets[:most], sum(n for _, n in sets[most:])
+    fig, (top, below) = _figure(max(5, 1.8 + .5*len(shown)), 2.4 + .3*len(self.systems), 2, 1, sharex=True, height_ratios=[2, .35*len(self.systems)])
+    for x, (names, n) in enumerate(shown):
+        top.bar(x, n, color=_colour(names[0]) if len(names) == 1 else '#555' if names else COLOURS['control'])
+        top.annotate(n, (x, n), ha='center', va='bottom', fontsize=8)
+        rows = [self.systems.index(s) for s in names]
+        below.scatter([x]*len(self.systems), range(len(self.systems)), s=30, color='#e4e4e4')
+        if rows: below.plot([x]*len(rows), rows, 'o-', color='#333', ms=5, lw=1.5)
+    below.set(yticks=range(len(self.systems)), yticklabels=self.systems, xticks=[], ylim=(len(self.systems) - .5, -.5)); below.spines[:].set_visible(False); below.tick_params(left=False)
+    top.set(ylabel='questions', ylim=(0, 1.12*max(n for _, n in shown))); top.spines[['top', 'right', 'bottom']].set_visible(False); top.tick_params(bottom=False)
+    if rest: below.set_xlabel(f'{rest} more questions in {len(sets) - most} smaller sets')
+    top.set_title(title or 'right on exactly these systems', fontsize=11, loc='left')
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/09_evaluate.ipynb #def-plot-gains
+@patch
+def plot_gains(self:Evaluation,
+    baseline:str='receiver', # that the others are compared with
+    systems:list|None=None, # who is compared; None: all others
+    title:str='', # the finding
+    most:int=40, # categories, those with most questions
+):# matplotlib figure
+    "Gain of every system over a baseline in every category, with 95 % intervals. Raises `ValueError` for a baseline that was not asked."
+    table = self.by_subject(baseline)
+    names = [n for n in systems or self.systems if n != baseline]
+    rows = sorted(sorted(table.rows[:-1], key=lambda r: -r['n'])[:most], key=lambda r: r['category']) + table.rows[-1:]
+    fig, ax = _figure(7, .9 + .2*len(rows)*(1 + .5*len(names)))
+    for k, n in enumerate(names):
+        for y, r in enumerate(rows[::-1]):
+            d = r['differences'][n][0]
+            at = y + .6*((len(names) - 1)/2 - k)/max(1, len(names) - 1)
+            ax.errorbar(100*d.difference, at, xerr=[[100*(d.difference - d.low)], [100*(d.high - d.difference)]], fmt='o', ms=4, color=_colour(n), capsize=2, label=n if y == 0 else None)
+    ax.axvline(0, color='#888', lw=.8)
+    ax.set(yticks=range(len(rows)), yticklabels=[f"{r['category']} ({r['n']})" for r in rows[::-1]], xlabel=f'points above {baseline}, 95 % interval', ylim=(-.6, len(rows) - .4))
+    ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(left=False); ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+    ax.set_title(title, fontsize=11, loc='left')
+    fig.tight_layout()
+    return fig
+
+# %% ../nbs/09_evaluate.ipynb #def-save-figures
+@patch
+def save_figures(self:Evaluation)->list[Path]: # the files
+    "Write `accuracy.png`, `overlap.png`, and where there are several categories `gains.png` beside the records."
+    figures = dict(accuracy=self.plot(), overlap=self.plot_overlap())
+    first = self.systems[0]
+    if len(self.systems) > 1 and len({r['category'] or r['subject'] for r in self.by[first].values()}) > 1: figures['gains'] = self.plot_gains(first)
+    files = []
+    for name, fig in figures.items():
+        buffer = io.BytesIO(); fig.savefig(buffer, format='png', dpi=150, bbox_inches='tight')
+        files.append(self.folder/f'{name}.png'); replace_file(files[-1], buffer.getvalue())
+    return files
 
 # %% ../nbs/09_evaluate.ipynb #def-part-of
 def part_of(

@@ -68,6 +68,7 @@ class ModelRecipe:
     fusers:list|None = None # go on from these saved fusers, one for each sharer, instead of new ones
     dtype:str = 'auto' # of the frozen models
     attn_implementation:str|None = None # of the frozen models
+    shard:bool = False # spread the layers of the frozen models over the processes: for models that are too large for one device
 
 # %% ../nbs/05d_recipe.ipynb #def-finetunerecipe
 @dataclass

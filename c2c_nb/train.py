@@ -126,7 +126,7 @@ class Trainer:
         self.acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision='no', gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), log_with=recipe.output.trackers or None, project_dir=self.folder, kwargs_handlers=[self.ddp, InitProcessGroupKwargs(timeout=timedelta(days=2))])     # the recipe decides, not the launcher; and others wait while one encodes
         spread = next((k for k in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM') if os.environ.get(f'ACCELERATE_USE_{k}', '').lower() == 'true'), None)
         if spread or self.acc.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise ValueError(f"accelerate was told to distribute by {spread or self.acc.distributed_type.value}, which cannot be done here: every process has to hold the whole models. Use accelerate launch --num_processes N without it, and load the frozen models in bfloat16 (model.dtype)")
+            raise ValueError(f"accelerate was told to distribute by {spread or self.acc.distributed_type.value}, which does not fit this loop. Use accelerate launch --num_processes N without it; for models that are too large for one device set model.shard=true in the recipe, which spreads the frozen ones over the processes")
         self.main, self.world, self.rank = self.acc.is_main_process, self.acc.num_processes, self.acc.process_index
         if not dry: self._check_folder(resume, force)
         if task is None: task = make_task(recipe)
@@ -168,7 +168,7 @@ def start(self:Trainer):
     with self.acc.main_process_first(): task.prepare(self.batches.rows if isinstance(self.batches, Batches) else self.batches.make, str(self.identity['data']), self.progress and self.main)
     adamw = torch.optim.AdamW(task.groups(), lr=t.learning_rate, betas=tuple(t.betas), eps=t.eps, weight_decay=t.weight_decay, fused=True)
     self.ddp.find_unused_parameters = task.sparse
-    self.model, self.opt = self.acc.prepare(task.model, adamw)
+    self.model, self.opt = (task.model, self.acc.prepare(adamw)) if task.sharded else self.acc.prepare(task.model, adamw)
     self.params = [p for g in self.opt.param_groups for p in g['params']]
     self.schedule = make_scheduler(t, adamw, self.steps)
     self.fed = t.scheduler in MEASURED                           # schedules that look at a loss
@@ -214,6 +214,7 @@ def train_step(self:Trainer,
     "One step of the optimizer. Nothing here waits for the device."
     t, processes, device = self.recipe.training, self.world, self.acc.device
     self.task.before_step(self.step, self.steps)
+    bites = self.task.together(bites, self.acc)
     total = self.acc.reduce(torch.full((), float(sum(labels for _, labels, _ in bites)), device=device), 'sum')     # labels of the step, over all processes
     summed = torch.zeros((), device=device)
     for k, (inputs, labels, tokens) in enumerate(bites):
@@ -224,6 +225,8 @@ def train_step(self:Trainer,
             self.acc.backward(loss*(processes if labels else 0)/total)     # what processes have is averaged, not summed
         if labels: summed += loss.detach()
         self.tokens += tokens
+    if self.task.sharded:                                        # only now, so that nothing comes between the layers that are gathered
+        for p in self.params: p.grad = self.acc.reduce(torch.zeros_like(p) if p.grad is None else p.grad, 'mean')
     self.norms.append(self.acc.clip_grad_norm_(self.params, t.max_grad_norm or math.inf).detach())
     self.losses.append(summed/total)
     self.opt.step()
@@ -333,7 +336,8 @@ def _held_out_loss(self:Trainer):
     "Mean loss over the labels that were held out."
     mine, b = self.held_out, self.recipe.validation.batch_size
     if not len(mine): return None
-    mine = [mine[i] for i in range(self.rank, len(mine), self.world)]
+    if not self.task.sharded: mine = [mine[i] for i in range(self.rank, len(mine), self.world)]     # else all do the same
+    mine = list(mine)
     mine.sort(key=lambda r: (r['supervised'], r['length']))
     total = torch.zeros(2, device=self.acc.device)
     for k in range(0, len(mine), b):
@@ -350,8 +354,9 @@ def _validate(self:Trainer)->bool: # is it the best so far?
     self.task.train(False)
     found = dict(held_out_loss=self._held_out_loss())
     if self.questions:
-        right = ask(self.task, self.questions[self.rank::self.world], v.batch_size, v.max_new_tokens)
-        right, n = self.acc.reduce(torch.tensor([float(sum(right)), float(len(right))], device=self.acc.device), 'sum').tolist()
+        right = ask(self.task, self.questions if self.task.sharded else self.questions[self.rank::self.world], v.batch_size, v.max_new_tokens)
+        counts = torch.tensor([float(sum(right)), float(len(right))], device=self.acc.device)
+        right, n = (counts if self.task.sharded else self.acc.reduce(counts, 'sum')).tolist()
         found |= dict(right=int(right) if right == int(right) else right, questions=int(n), accuracy=right/n)
     self._record(validation=found, **self.task.facts())
     self.task.train(True)

@@ -2,14 +2,15 @@
 import json, os, signal, sys
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from c2c_nb import train as room
-from tiny_train import recipe, task
+from tiny_train import questions, recipe, task
 from c2c_nb.train import Trainer
 
 torch.set_num_threads(1)
 room.plot_run = lambda *args: None                               # seconds, and the same everywhere
-rank, wrote = int(os.environ['RANK']), []
+rank, wrote, spread = int(os.environ['RANK']), [], None
 
 
 def watch(event, args):
@@ -32,4 +33,7 @@ for job in jobs:
             before_step(step, steps)
         it.task.before_step = die
     it.fit()
-print(json.dumps(dict(rank=rank, wrote=len(wrote), what=wrote[:3])), flush=True)
+    if made.model.shard:
+        whole, parts = ([p for m in it.task.models for n, p in m.named_parameters() if isinstance(p, DTensor) == cut] for cut in (False, True))
+        spread = dict(weights=sum(p.numel() for p in whole + parts), here=sum(p.numel() for p in whole) + sum(p.to_local().numel() for p in parts), said=it.task.answer(questions, 8))
+os.write(1, (json.dumps(dict(rank=rank, wrote=len(wrote), what=wrote[:3], spread=spread)) + '\n').encode())    # in one piece

@@ -83,7 +83,7 @@ import importlib, os, random, sys, threading
 sys.path.insert(0, {str(root)!r})
 import torch, transformers
 def state():
-    environ = {{k: v for k, v in os.environ.items() if not k.startswith('TORCHINDUCTOR')}}  # torch's own, set when it compiles its first function
+    environ = {{k: v for k, v in os.environ.items() if not k.startswith(('TORCHINDUCTOR', 'HF_XET_', 'HF_HUB_ENABLE_HF_TRANSFER'))}}  # torch's own, set when it compiles its first function, and what lm_eval sets when it is imported
     return dict(rng=torch.get_rng_state().tolist(), random=random.getstate(), threads=threading.active_count(), torch_threads=torch.get_num_threads(),
                 dtype=torch.get_default_dtype(), grad=torch.is_grad_enabled(), environ=environ, files=sorted(os.listdir()))
 before = state()

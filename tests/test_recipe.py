@@ -202,7 +202,7 @@ def test_official_in_yaml_is_the_same(tmp_path):
 def test_the_tree():
     assert {f.name for f in fields(TrainRecipe)} == {'kind', 'name', 'imports', 'model', 'finetune', 'data', 'training', 'validation', 'output', 'notes'}
     keys = recipe_keys()
-    assert keys['training.gates.noise'] == str | None and keys['validation.data.type'] is str and 'notes' not in keys and len(keys) == 79
+    assert keys['training.gates.noise'] == str | None and keys['validation.data.type'] is str and 'notes' not in keys and len(keys) == 80
     assert nearest('sed', ['seed']) == "did you mean 'seed'? Known are seed" and nearest('x', []) == 'there are none'
 
 

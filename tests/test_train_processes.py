@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors.torch import load_file
 
 from conftest import root
-from tiny_train import assert_same, outcome, recipe, run
+from tiny_train import assert_same, outcome, questions, recipe, run
 
 
 def launch(*jobs, options=(), timeout=300):
@@ -22,6 +22,8 @@ cases = dict(
     accumulated=(1, ['training.steps=3', 'model.follow_response=true'], 1, 3),
     receiver=(1, ['training.freeze=[sharer]', 'training.steps=3'], 3, 1),
     stream=(1, ['data.args={streaming: true, rows: 14}', 'validation.share=0', 'training.steps=3'], 3, 1),
+    spread=(1, ['training.steps=3', 'model.shard=true', 'data.args.most=4'], 1, 3),   # layers over both processes; batches of one row have one to four cuts
+    spread_to_choose=(2, ['training.steps=3', 'model.shard=true', 'data.args.most=3'], 1, 3),   # and a sharer that only one of them hears
     few=(1, ['data.args={rows: 10}', 'training.steps=4'], 1, 3),   # 8 rows: the second step of an epoch has 2, less than the 6 batches of a step
 )
 
@@ -62,6 +64,21 @@ def test_as_one(two, tmp_path, monkeypatch, name):
         if 'loss' in a: assert a['loss'] == pytest.approx(b['loss'], rel=1e-5) and a['grad_norm'] == pytest.approx(b['grad_norm'], rel=1e-4) and a['lr'] == b['lr']
         elif b['validation']['held_out_loss'] is not None: assert a['validation']['held_out_loss'] == pytest.approx(b['validation']['held_out_loss'], rel=1e-5)
     assert ours['summary']['tokens'] == pytest.approx(theirs['summary']['tokens'], rel=.2)
+
+
+def test_spread(two, tmp_path, monkeypatch):
+    "With model.shard, no process holds all weights; both answer as the whole models do, and what is saved says which models they were."
+    monkeypatch.setattr('c2c_nb.train.plot_run', lambda *args: None)
+    whole = run(recipe(tmp_path/'spread_to_choose', *values_of('spread_to_choose', 1), sharers=2), fresh=True)
+    assert len(two[1]) == 2
+    for said in two[1]: assert said['spread']['here'] < .9*said['spread']['weights'] and said['spread']['said'] == whole.task.answer(questions, 8)
+    facts = [[json.loads((f/'spread_to_choose'/f'fuser-{j}'/'config.json').read_text())[k] for j in (0, 1) for k in ('receiver', 'sharer', 'receiver_tokenizer')] for f in (two[0], tmp_path)]
+    assert facts[0] == facts[1] and all(x['weights'] for x in facts[0] if isinstance(x, dict))
+
+
+@pytest.mark.parametrize('value, says', [('model.follow_response=true', 'model.follow_response'), ('training.store=there', 'training.store'), ('training.freeze=[sharer]', "without 'receiver'")])
+def test_not_spread(tmp_path, value, says):
+    with pytest.raises(ValueError, match=f'model.shard is true, which does not go with .*{says}'): run(recipe(tmp_path/'run', 'model.shard=true', value))
 
 
 def test_only_the_first_writes(two):

@@ -42,6 +42,9 @@ def model(role, seed=0):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common, **more)).eval()
 
 
+questions = [[dict(role='user', content=x)] for x in ('why?', 'the cat reads', 'Où and then the old green tree sings')]
+
+
 def chats(n, seed=0, turns=(1, 4), size=(1, 6)):
     "Made up chats of different lengths, an answer last."
     rng = random.Random(f'{n} {seed}')
