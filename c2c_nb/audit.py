@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['row_numbers', 'ArmModel', 'ArmFuser', 'ZeroFuser', 'noise_like', 'NoiseFuser', 'ShuffleFuser', 'fit_heads',
            'OwnFuser', 'HalfFuser', 'heard_columns', 'mismatched_row', 'special_ids', 'Arm', 'Mismatched',
-           'MismatchedTask', 'mismatched_rows', 'train_mismatched', 'retrained_folder', 'CannotRun', 'register_arm',
-           'arm_names', 'arm_model', 'Arms', 'check_arms', 'make_arms', 'Contrast', 'holm', 'contrasts', 'Verdict',
-           'judge', 'TakeOver', 'take_over', 'Harm', 'harm', 'Rule', 'fit_rule', 'Audit', 'audit']
+           'MismatchedTask', 'mismatched_rows', 'train_mismatched', 'retrained_folder', 'check_retrained', 'CannotRun',
+           'register_arm', 'arm_names', 'arm_model', 'Arms', 'check_arms', 'make_arms', 'Contrast', 'holm', 'contrasts',
+           'Verdict', 'judge', 'TakeOver', 'take_over', 'Harm', 'harm', 'Rule', 'fit_rule', 'Audit', 'audit']
 
 # %% ../nbs/10_audit.ipynb #audit-imports
 import copy
@@ -333,6 +333,20 @@ def retrained_folder(
     if found is None: raise FileNotFoundError(f"there is no fuser in {folder}: looked in {', '.join(map(str, places))}. train_mismatched(recipe) makes one")
     return str(found)
 
+# %% ../nbs/10_audit.ipynb #def-check-retrained
+def check_retrained(
+    fuser:str|Path, # folder of the fuser that is audited
+    retrained:str|Path, # folder of the one that was trained with other questions' caches
+):
+    "Do they belong to the same pair of models? Looks at their configs alone; what is on the hub is not looked at. Raises `ValueError`, or `FileNotFoundError`."
+    places = [Path(retrained_folder(f)) for f in (fuser, retrained)]
+    if not all(p.is_dir() for p in places): return
+    a, b = (json.loads((p/CONFIG).read_text()) for p in places)
+    differ = [f"{role} {k}" for role in ('receiver', 'sharer') for k in ('weights', 'hidden_size', 'vocab_size') if (x := (a.get(role) or {}).get(k)) is not None and (y := (b.get(role) or {}).get(k)) is not None and x != y]
+    differ += [k.replace('_', ' ') for k in ('receiver_geometry', 'sharer_geometry') if a.get(k) != b.get(k)]
+    if differ: raise ValueError(f"the retrained fuser {retrained} was made for another pair of models than {fuser}; what differs: {', '.join(differ)}. Train it with the recipe of the fuser that is audited")
+    if a.get('fingerprint') == b.get('fingerprint') is not None: raise ValueError(f"the retrained fuser {retrained} is the very fuser that is audited: give one that train_mismatched(recipe) made")
+
 # %% ../nbs/10_audit.ipynb #def-register-arm
 class CannotRun(ValueError): "Why an arm cannot be run for these models."
 
@@ -469,7 +483,11 @@ class Contrast:
 
     def better(self, alpha=.05)->bool: "Is `a` better?"; return self.p <= alpha and self.paired.difference > 0
     def worse(self, alpha=.05)->bool: "Is `a` worse?"; return self.p <= alpha and self.paired.difference < 0
-    def words(self)->str: return f"{100*self.paired.difference:+.1f} points ({100*self.paired.low:+.1f} to {100*self.paired.high:+.1f}, p = {self.p:.2g})"
+    @property
+    def alike(self)->bool: "Are they right and wrong on the very same questions?"; return self.paired.only_a == self.paired.only_b == 0
+    @property
+    def span(self)->str: return 'none differs' if self.alike else f"{100*self.paired.low:+.1f} to {100*self.paired.high:+.1f}"     # resampling equals gives an interval without width, which would say too much
+    def words(self)->str: return f"{100*self.paired.difference:+.1f} points ({f'the same marks on all {self.paired.n} questions' if self.alike else self.span}, p = {self.p:.2g})"
 
 # %% ../nbs/10_audit.ipynb #def-holm
 def holm(
@@ -501,6 +519,11 @@ def _needed(c, tests):
     least = detectable(p.n, max(p.discordant, 1/p.n), alpha=.05/tests)
     return '' if least is None or not p.discordant else f" So many questions tell differences from about {100*least:.1f} points on"
 
+def _most(c):
+    "The largest difference that is still believable. Where hardly a question differs, resampling cannot tell, so there it is what Wilson's interval allows for the first arm's own questions."
+    p = c.paired
+    return max(p.high, 0.) if p.only_a is None or p.only_a + p.only_b >= 10 else max(p.high, interval(p.only_a, p.n)[1])
+
 # %% ../nbs/10_audit.ipynb #def-verdict
 @dataclass
 class Verdict:
@@ -519,17 +542,18 @@ def judge(
     "The verdict in plain words. It says no more than the tests do."
     gain, content, presence, strict = found['gain'], found['content'], found['presence'], found.get('retrained')
     n, say = gain.paired.n, []
-    if gain.better(alpha): say.append(f"With the sharer's cache the receiver is better than alone: {gain.words()}.")
-    elif gain.worse(alpha): say.append(f"With the sharer's cache the receiver is worse than alone: {gain.words()}.")
-    else: say.append(f"With the sharer's cache and alone, the receiver cannot be told apart by {n} questions: {gain.words()}.{_needed(gain, 3)}".rstrip('.') + '.')
+    moved = '' if gain.paired.only_a is None else f" {gain.paired.only_a} answers were won, {gain.paired.only_b} lost."
+    if gain.better(alpha): say.append(f"With the sharer's cache the receiver is better than alone: {gain.words()}.{moved}")
+    elif gain.worse(alpha): say.append(f"With the sharer's cache the receiver is worse than alone: {gain.words()}.{moved}")
+    else: say.append(f"With the sharer's cache and alone, the receiver cannot be told apart by {n} questions: {gain.words()}.{moved}{_needed(gain, 3)}".rstrip('.') + '.')
 
     if content.better(alpha):
         share = content.paired.difference/gain.paired.difference if gain.better(alpha) else None
-        part = '' if share is None else f" That is {100*share:.0f} % of the gain." if share <= 1 else " That is all of the gain, and more: with another question's cache the receiver is below where it started."
+        part = '' if share is None else f" That is {100*share:.0f} % of the gain." if share <= 1 else " That is the whole gain."
         say.append(f"Content: the right cache is better than another question's: {content.words()}.{part}")
     elif content.worse(alpha): say.append(f"Content: the right cache is worse than another question's: {content.words()}.")
     else:
-        most = f" If the content helps, then by no more than {100*max(content.paired.high, 0):.1f} points (95 % interval)" + (f", of {100*gain.paired.difference:.1f} that were gained." if gain.better(alpha) else '.')
+        most = f" If the content helps, then by no more than {100*_most(content):.1f} points (95 % interval)" + (f", of {100*gain.paired.difference:.1f} that were gained." if gain.better(alpha) else '.')
         say.append(f"Content: that the right cache is better than another question's cannot be told by {n} questions: {content.words()}.{most}{_needed(content, 3)}".rstrip('.') + '.')
 
     if presence.better(alpha): say.append(f"Presence: another question's cache helps too: {presence.words()}.")
@@ -686,7 +710,7 @@ def rows(self:Audit)->list[list]:
     for n, marks in self.marks.items():
         low, high = mean_interval(marks, seed=self.seed)
         c = self.contrasts['gain' if n == 'receiver' else 'content' if n == 'mismatched' else n] if n in {c.b for c in self.contrasts.values()} else None
-        against = [f'{100*c.paired.difference:+.1f}', f'{100*c.paired.low:+.1f} to {100*c.paired.high:+.1f}', f'{c.p:.2g}'] if c else ['']*3
+        against = [f'{100*c.paired.difference:+.1f}', c.span, f'{c.p:.2g}'] if c else ['']*3
         h = self.harm.get(n)
         out.append([n, self.about.get(n, ''), f'{100*sum(marks)/len(marks):.1f} %', f'{100*low:.1f} to {100*high:.1f} %', *against, *([h.lost, h.won] if h else ['', ''])])
     return out
@@ -699,10 +723,10 @@ def report(self:Audit)->str: # Markdown
     m, w = self.harm['matched'], self.harm['mismatched']
     share = lambda x: f'{100*x[0]:.1f} % ({100*x[1]:.1f} to {100*x[2]:.1f})'
     lines = [f"**{self.verdict.headline}**", '', *(f'- {s}' for s in self.verdict.sentences), '', markdown_table(self.rows()), '',
-        f"{len(self.ids)} questions. Lost and won are against the receiver alone. p by McNemar's exact test, corrected by Holm's method: gain, content gain and presence effect together, the further arms together."]
+        f"{len(self.ids)} questions{f' ({self.evaluation.report})' if self.evaluation.report else ''}. Lost and won are against the receiver alone. p by McNemar's exact test, corrected by Holm's method: gain, content gain and presence effect together, the further arms together."]
     if self.left_out: lines += ['', 'Not run:', '', *(f'- {n}: {why}' for n, why in self.left_out.items())]
     if any(errors.values()): lines += ['', 'Questions that raised an error count as wrong: ' + ', '.join(f'{n} {k}' for n, k in errors.items() if k) + '.']
-    lines += ['', '### Where the gain comes from', '', markdown_table([['', 'difference', 'points', '95 % interval', 'p (Holm)'], *([t, f'{c.a} − {c.b}', f'{100*c.paired.difference:+.1f}', f'{100*c.paired.low:+.1f} to {100*c.paired.high:+.1f}', f'{c.p:.2g}'] for t, c in (('content gain', content), ('presence effect', presence), ('gain', gain)))])]
+    lines += ['', '### Where the gain comes from', '', markdown_table([['', 'difference', 'points', '95 % interval', 'p (Holm)'], *([t, f'{c.a} − {c.b}', f'{100*c.paired.difference:+.1f}', c.span, f'{c.p:.2g}'] for t, c in (('content gain', content), ('presence effect', presence), ('gain', gain)))])]
     lines += ['', '### Errors taken over', '', *(t.words(self.alpha) for t in self.take_over)]
     lines += ['', '### Do no harm', '', f"C2C lost {m.lost} answers that the receiver alone had right: {share(m.share)} of all questions" + (f", {share(m.kept)} of those it had right" if m.right else '') + f". It won {m.won}. With another question's cache it loses {w.lost} and wins {w.won}."]
     lines += ['', '### A rule of confidence', '', self.rule.words() if self.rule else "Not fitted: it needs option scores (method='options') of at least two questions."]
