@@ -19,6 +19,7 @@ import warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -194,6 +195,12 @@ def heard_columns(
     return found
 
 # %% ../nbs/10_audit.ipynb #def-mismatched-row
+def _common(a, b):
+    "How many tokens two lists have in common at their beginning, and behind that at their end."
+    n = min(len(a), len(b))
+    head = next((i for i in range(n) if a[i] != b[i]), n)
+    return head, next((i for i in range(n - head) if a[-1-i] != b[-1-i]), n - head)
+
 def mismatched_row(
     row:dict, # from a processor's `encode`
     others:list, # rows of other questions, the one to be heard first
@@ -202,14 +209,18 @@ def mismatched_row(
     "A row in which the sharers read another question, of the same length and at the same positions."
     ids, masks = [], []
     for j, keep in enumerate(special):
-        said = lambda r: [i for c in heard_columns(r, j) if (i := _theirs(r, j)[0][c]) not in keep]
-        (own, mask), stream = _theirs(row, j), []
-        own, where = list(own), [c for c in heard_columns(row, j) if own[c] not in keep]
+        spots = lambda r: [c for c in heard_columns(r, j) if _theirs(r, j)[0][c] not in keep]
+        said = lambda r: [_theirs(r, j)[0][c] for c in spots(r)]
+        (own, mask), where, mine, stream = _theirs(row, j), spots(row), said(row), []
+        own, span = list(own), None                              # span: the part of what is said that is exchanged
         for other in others:
-            if len(stream) >= len(where): break
-            stream += said(other)
-        if where and not stream: stream = [own[where[0]]]        # nothing else is there: one word, over and over
-        for k, c in enumerate(where): own[c] = stream[k % len(stream)]
+            if span and len(stream) >= span[1] - span[0]: break
+            theirs = said(other)
+            head, tail = _common(mine, theirs)
+            if span is None and head < len(theirs) - tail and head < len(mine) - tail: span = head, len(mine) - tail
+            if span: stream += theirs[head:len(theirs)-tail]
+        if not stream: span, stream = (0, len(where)), mine[:1]  # nothing else is there: one word, over and over
+        for k, c in enumerate(where[slice(*span)]): own[c] = stream[k % len(stream)]
         ids.append(own); masks.append(list(mask))
     return row | dict(sharer_input_ids=ids, sharer_attention_mask=masks)
 
@@ -278,11 +289,7 @@ class Mismatched(Arm):
 
     def swap(self, prompt, row):
         "The row with another question for the sharers."
-        chosen, need, have = [], max(len(heard_columns(row, j)) for j in range(len(self.special))), 0
-        for i in self.others(prompt):
-            other = self.read(i)
-            chosen.append(other); have += min(len(heard_columns(other, j)) - sum(_theirs(other, j)[0][c] in k for c in heard_columns(other, j)) for j, k in enumerate(self.special))
-            if have >= need: break
+        chosen = [self.read(i) for i in islice(self.others(prompt), 4)]     # the first one, and what may be needed to fill up
         if not chosen: raise ValueError(f"no other question can be heard instead of this one{', since all have the same right answer' if self.gold == 'other' else ''}: give more questions")
         return mismatched_row(row, chosen, self.special)
 
@@ -370,12 +377,14 @@ def arm_model(
     fusers:list, # instead of its own
     processor:C2CProcessor|None=None, # of all tokenizers; None: the model's own
     sharers:list|None=None, # instead of its own
-    strict:bool=False, # True: refuse fusers that were made for other models
 )->ArmModel: # in evaluation mode
-    "The same model with other fusers, or other sharers."
-    with warnings.catch_warnings():
-        if not strict: warnings.simplefilter('ignore', UserWarning)     # a changed sharer is another than the fuser was made for, on purpose
-        return ArmModel(c2c.receiver, list(c2c.sharers) if sharers is None else sharers, fusers, c2c.fusion, c2c.follow_response, processor or c2c.processor, strict).eval()
+    "The same model with other fusers, or other sharers, of the same shapes. Nothing is checked again."
+    new = ArmModel.__new__(ArmModel)
+    nn.Module.__init__(new)
+    new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in c2c.__dict__.items()})
+    new.fusers, new.processor = nn.ModuleList(fusers), processor or c2c.processor
+    if sharers is not None: new.sharers = nn.ModuleList(sharers)
+    return new.eval()
 
 def _altered(c2c, processor, name, kind, fusers, seed=None, note='', generation=None, template_kwargs=None):
     return Arm(arm_model(c2c, fusers, processor), processor, name, kind, note, {} if seed is None else dict(seed=seed), generation=generation, template_kwargs=template_kwargs)
@@ -429,8 +438,9 @@ def _retrained(c2c, processor, name, retrained=None, pool=None, golds=None, gold
     if len(given) != len(c2c.fusers): raise ValueError(f"{len(given)} retrained fusers were given for {len(c2c.fusers)} sharers: give one for each")
     if same := [i for i, (a, b) in enumerate(zip(fusers, c2c.fusers)) if a.fingerprint() == b.fingerprint()]: raise ValueError(f"the retrained fuser {same[0]} is the very fuser that is audited: give one that train_mismatched(recipe) made")
     known = all((f.config.training or {}).get('caches') == 'mismatched' for f in fusers)
+    for f, sharer in zip(fusers, c2c.sharers): f.check(c2c.receiver, sharer)
     note = '' if known else "it does not say of itself that it was trained with other questions' caches"
-    return Mismatched(arm_model(c2c, [f.eval() for f in fusers], processor, strict=True), processor, name, pool, golds, gold, seed, 'retrained', note=note, generation=generation, template_kwargs=template_kwargs)
+    return Mismatched(arm_model(c2c, [f.eval() for f in fusers], processor), processor, name, pool, golds, gold, seed, 'retrained', note=note, generation=generation, template_kwargs=template_kwargs)
 
 # %% ../nbs/10_audit.ipynb #def-make-arms
 class Arms(dict):

@@ -167,11 +167,15 @@ def test_mismatched(golden, sharers, strategies, chat):
             assert (right['sharer_attention_mask'][j] or right['attention_mask']) == other['sharer_attention_mask'][j]
             paired = {c if right['pairing'][j] is None else right['pairing'][j][c] for c, bits in enumerate(right['active']) if bits >> j & 1} - {-1}
             assert paired <= set(columns), 'what is listened to is exchanged'
-            mine, theirs = [a[c] for c in columns], [b[c] for c in columns]
+            special = special_ids(c2c.processor)[j]
+            words = lambda ids, columns: [ids[c] for c in columns if ids[c] not in special]
             heard = arms['mismatched'].read(next(arms['mismatched'].others(p)))
-            said = [x for c in heard_columns(heard, j) if (x := (heard['sharer_input_ids'][j] or heard['input_ids'])[c]) not in special_ids(c2c.processor)[j]]
-            spots = [k for k, x in enumerate(mine) if x not in special_ids(c2c.processor)[j]]
-            assert [theirs[k] for k in spots][:len(said)] == said[:len(spots)]
+            mine, theirs, said = words(a, columns), words(b, columns), words(heard['sharer_input_ids'][j] or heard['input_ids'], heard_columns(heard, j))
+            head, tail = len(os.path.commonprefix([mine, said])), len(os.path.commonprefix([mine[::-1], said[::-1]]))
+            assert len(mine) == len(theirs) and theirs[:head] == said[:head] and theirs[len(theirs)-tail:] == said[len(said)-tail:]
+            n = min(len(mine), len(said)) - head - tail
+            assert theirs[head:head+n] == said[head:head+n] and (len(mine) != len(said) or theirs == said)
+            assert [i for i, x in enumerate(a) if x in special] == [i for i, x in enumerate(b) if x in special]
     read, hook = [], c2c.sharers[0].base_model.register_forward_pre_hook(lambda m, args, kwargs: read.append(kwargs['input_ids']), with_kwargs=True)
     for n in 'matched', 'mismatched': arms[n].prefill(arms[n].batch(pool[:1]))
     hook.remove()
@@ -371,13 +375,13 @@ def test_retrained(golden, assets, tmp_path):
     (plan, _), labels, _ = task.inputs([r | dict(length=len(r['input_ids'])) for r in rows], 0)
     ids = [[i for i, m in zip(r, k) if m] for r, k in zip(plan.sharer_ids[0].tolist(), plan.sharer_masks[0].tolist())]
     for k, (row, heard) in enumerate(zip(rows, ids)):
-        nxt, own = rows[(k+1) % 4], [row['input_ids'][c] for c in heard_columns(row, 0)]
-        want = [nxt['input_ids'][c] for c in heard_columns(nxt, 0)]
-        at = heard_columns(row, 0)[0]
-        n = min(len(own), len(want))
-        assert heard[at:at+n] == want[:n] and heard[at:at+n] != own[:n] and labels > 0
+        nxt, special = rows[(k+1) % 4], task.special[0]
+        own, want = ([i for i in r['input_ids'][:-2] if i not in special] for r in (row, nxt))
+        got = [i for i in heard if i not in special]
+        head = len(os.path.commonprefix([own, want]))
+        assert got != own[:len(got)] and got[:head+3] == want[:head+3] and labels > 0
     lonely = mismatched_rows(rows[:1], task.special)[0]
-    assert len({lonely['sharer_input_ids'][0][c] for c in heard_columns(rows[0], 0)}) == 1, 'alone, a row hears nothing of itself but one word'
+    assert len({lonely['sharer_input_ids'][0][c] for c in heard_columns(rows[0], 0)} - task.special[0]) == 1, 'alone, a row hears nothing of itself but one word'
     task.model.eval(); (tmp_path/'run').mkdir(); task.save(tmp_path/'run', dict(steps=0))
     fuser = Fuser.from_pretrained(tmp_path/'run'/'fuser')
     assert fuser.config.training == dict(steps=0, caches='mismatched')
