@@ -11,7 +11,8 @@ from c2c_nb.audit import (Arm, ArmFuser, Audit, CannotRun, Harm, Mismatched, Mis
     mismatched_row, mismatched_rows, register_arm, row_numbers, special_ids, take_over)
 from c2c_nb.bench import default_template, make_benchmark
 from c2c_nb.cache import read_layer
-from c2c_nb.evaluate import read_records
+from c2c_nb.cli import c2c_audit
+from c2c_nb.evaluate import evaluate, read_records
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 from c2c_nb.recipe import read_recipe, set_values
@@ -35,6 +36,12 @@ def pair(golden): return golden_pair(golden)
 
 def bench(assets, **kwargs): return make_benchmark('openbookqa', dict(data_files=str(assets/'benchmarks'/'openbookqa'/'main'/'test.jsonl'), limit=8) | kwargs)
 def prompts_of(b): return [default_template().render(q) for q in b.questions()[0]]
+def asked(c2c, b, folder, names=None, method='options', **kwargs):
+    "The records alone, without an audit's figures."
+    qs = b.questions()[0]
+    return evaluate(dict(make_arms(c2c, names, pool=prompts_of(b), golds=[q.gold for q in qs])), b, folder, method=method, progress=False, **kwargs)
+
+
 plain = lambda records: sorted(json.dumps({k: v for k, v in r.items() if k not in ('seconds', 'scores')} | dict(extra=r['extra'].get('heard')), sort_keys=True) for r in records)
 texts = ['one apple and two pears', 'the cat sat on the mat', 'so what', 'what is it then, my dear old friend?', 'some of the boys went home early']
 ragged = [[dict(role='user', content=t)] for t in texts] + [[dict(role='system', content='Be brief.'), dict(role='user', content='Why not?')]]
@@ -214,12 +221,12 @@ def test_which_other_question(pair):
 @pytest.mark.parametrize('method', ['generate', 'options'])
 def test_any_batch_size(pair, assets, tmp_path, method):
     "The same records whatever the batch, of every arm."
-    runs = [audit(pair, bench(assets), tmp_path/str(size), method=method, batch_size=size, max_new_tokens=4, progress=False) for size in (1, 3, 8)]
-    assert plain(runs[0].evaluation.records) == plain(runs[1].evaluation.records) == plain(runs[2].evaluation.records)
-    by = runs[0].evaluation.by
-    assert list(by) == ['receiver', 'sharer', 'matched', 'mismatched', *changed] and list(runs[0].left_out) == ['retrained'] and all(len(v) == 8 for v in by.values())
+    runs = [asked(pair, bench(assets), tmp_path/str(size), method=method, batch_size=size, max_new_tokens=2) for size in ((1, 3, 8) if method == 'options' else (2, 8))]
+    assert all(plain(r.records) == plain(runs[0].records) for r in runs)
+    by = runs[0].by
+    assert list(by) == ['receiver', 'sharer', 'matched', 'mismatched', *changed] and all(len(v) == 8 for v in by.values())
     if method == 'options':
-        scores = {n: [[list(r[i]['scores'].values()) for i in sorted(r)] for r in (run.evaluation.by[n] for run in runs)] for n in by}
+        scores = {n: [[list(r[i]['scores'].values()) for i in sorted(r)] for r in (run.by[n] for run in runs)] for n in by}
         for n, (a, b, c) in scores.items():
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=1e-4, rtol=0); torch.testing.assert_close(torch.tensor(a), torch.tensor(c), atol=1e-4, rtol=0)
         kinds = [n for n in by if n != 'sharer']
@@ -230,11 +237,12 @@ def test_any_batch_size(pair, assets, tmp_path, method):
 def test_several_sharers_and_followed_answers(golden, assets, tmp_path):
     "Two sharers, one of them with a tokenizer of its own; and a model that follows the response, where shuffling is not possible."
     two = golden_pair(golden, ('sharer2', 'sharer1'), ('shared', 'offsets'))
-    a, b = (audit(two, bench(assets, limit=4), tmp_path/f'two{size}', ['zeros', 'noise', 'shuffled', 'own cache'], batch_size=size, progress=False) for size in (1, 4))
-    assert plain(a.evaluation.records) == plain(b.evaluation.records) and [t.sharer for t in a.take_over] == ['sharer 0', 'sharer 1']
+    a, b = audit(two, bench(assets, limit=3), tmp_path/'two', ['noise', 'shuffled', 'own cache'], progress=False), asked(two, bench(assets, limit=3), tmp_path/'one', ['noise', 'shuffled', 'own cache'], batch_size=1)
+    assert plain(a.evaluation.records) == plain(b.records) and [t.sharer for t in a.take_over] == ['sharer 0', 'sharer 1']
     follow = golden_pair(golden, follow_response=True)
-    a, b = (audit(follow, bench(assets, limit=4), tmp_path/f'follow{size}', ['zeros', 'noise', 'shuffled', 'values only'], method=m, max_new_tokens=3, batch_size=size, progress=False) for size, m in ((1, 'generate'), (4, 'generate')))
-    assert plain(a.evaluation.records) == plain(b.evaluation.records) and 'follows the response' in a.left_out['shuffled'] and 'shuffled' in a.report() and 'shuffled' not in a.marks
+    names, more = ['noise', 'shuffled', 'values only'], dict(method='generate', max_new_tokens=2)
+    a, b = audit(follow, bench(assets, limit=3), tmp_path/'follow', names, progress=False, **more), asked(follow, bench(assets, limit=3), tmp_path/'alone', names, batch_size=1, **more)
+    assert plain(a.evaluation.records) == plain(b.records) and 'follows the response' in a.left_out['shuffled'] and 'shuffled' in a.report() and 'shuffled' not in a.marks
     systems = make_arms(follow, ['noise'], pool=prompts_of(bench(assets)))
     for n in 'noise', 'mismatched':
         one, three = systems[n].answer(prompts_of(bench(assets))[:1], options=['A', 'B'])[0], systems[n].answer(prompts_of(bench(assets))[:3], options=['A', 'B'])[0]
@@ -446,8 +454,8 @@ def test_killed(pair, golden, assets, tmp_path):
     p.send_signal(signal.SIGKILL); p.communicate()
     some = read_records(tmp_path/'e')
     assert 0 < len(some) < len(whole.evaluation.records) and not (tmp_path/'e'/'audit.json').exists()
-    again = audit(pair, bench(assets), tmp_path/'e', batch_size=5, progress=False)
-    assert plain(again.evaluation.records) == plain(whole.evaluation.records) and again.report() == whole.report()
+    again = audit(pair, bench(assets), tmp_path/'e', batch_size=8, progress=False)
+    assert list(again.left_out) == ['retrained'] and plain(again.evaluation.records) == plain(whole.evaluation.records) and again.report() == whole.report()
     with pytest.raises(FileExistsError, match='another evaluation'): audit(pair, bench(assets), tmp_path/'e', seed=1, progress=False)
 
 
@@ -456,7 +464,7 @@ def shell(*args, cwd):
     return subprocess.run([sys.executable, '-c', code, *args], capture_output=True, text=True, cwd=cwd, env={**os.environ, 'PYTHONPATH': str(root), 'CUDA_VISIBLE_DEVICES': ''}, timeout=300)
 
 
-def test_command(pair, golden, assets, tmp_path):
+def test_command(pair, golden, assets, tmp_path, monkeypatch, capsys):
     "From a shell: table, verdict, files; and what is wrong is said before the models are loaded."
     pair.save_pretrained(tmp_path/'fuser')
     other = golden_pair(golden, ('sharer1',), ('offsets',)); other.save_pretrained(tmp_path/'other')
@@ -466,10 +474,11 @@ def test_command(pair, golden, assets, tmp_path):
     assert 'own cache' in done.stdout and 'Nothing can be told by 4 questions' in done.stdout and len(read_records(tmp_path/'out')) == 24
     assert {'audit.md', 'audit.json', 'audit.png', 'evaluation.json'} <= {f.name for f in (tmp_path/'out').iterdir()}
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'notes.txt').write_text('x')
-    for change, says, early in ((['--method', 'logits'], "'generate' or 'options'", True), (['--arms', 'zeroes'], "did you mean 'zeros'", False), (['--retrained', str(tmp_path/'other')], 'another pair', False)):
-        done = shell(*args, *change, cwd=tmp_path)                # where its models are not
-        assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr and ('Loading' in done.stderr) != early, done.stderr
-    done = shell(args[0], args[1], str(tmp_path/'mine'), cwd=tmp_path)
-    assert done.returncode == 2 and 'something else' in done.stderr and 'Loading' not in done.stderr
+    monkeypatch.chdir(tmp_path)                                   # where its models are not
+    good = dict(fuser='fuser', benchmark='openbookqa', out='out', args=[f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=4'], quiet=True)
+    for change, says, early in ((dict(method='logits'), "'generate' or 'options'", True), (dict(out='mine'), 'something else', True), (dict(fuser='mine'), 'holds no fuser', True), (dict(arms=['zeroes']), "did you mean 'zeros'", False), (dict(retrained='other'), 'another pair', False), (dict(benchmark='openbokqa'), "did you mean 'openbookqa'", False)):
+        with pytest.raises(SystemExit) as e: c2c_audit(**good | change)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and says in err and ('Loading' in err) != early, err
     settings = (root/'settings.ini').read_text()
     assert 'c2c_audit=c2c_nb.cli:c2c_audit' in settings
