@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['row_numbers', 'ArmModel', 'ArmFuser', 'ZeroFuser', 'noise_like', 'NoiseFuser', 'ShuffleFuser', 'fit_heads',
            'OwnFuser', 'HalfFuser', 'heard_columns', 'mismatched_row', 'special_ids', 'Arm', 'Mismatched',
-           'MismatchedTask', 'mismatched_rows', 'train_mismatched', 'retrained_folder', 'check_retrained', 'CannotRun',
+           'mismatched_rows', 'MismatchedTask', 'train_mismatched', 'retrained_folder', 'check_retrained', 'CannotRun',
            'register_arm', 'arm_names', 'arm_model', 'Arms', 'check_arms', 'make_arms', 'Contrast', 'holm', 'contrasts',
            'Verdict', 'judge', 'TakeOver', 'take_over', 'Harm', 'harm', 'Rule', 'fit_rule', 'Audit', 'audit']
 
@@ -224,6 +224,7 @@ def mismatched_row(
         ids.append(own); masks.append(list(mask))
     return row | dict(sharer_input_ids=ids, sharer_attention_mask=masks)
 
+# %% ../nbs/10_audit.ipynb #def-special-ids
 def special_ids(
     processor:C2CProcessor, # of all tokenizers
 )->list[set]: # for each sharer
@@ -302,6 +303,14 @@ class Mismatched(Arm):
         for a, p in zip(answers, prompts): a.extra['heard'] = self.keys[next(self.others(p))]
         return answers
 
+# %% ../nbs/10_audit.ipynb #def-mismatched-rows
+def mismatched_rows(
+    rows:list[dict], # from a processor's `encode`
+    special:list, # from `special_ids`
+)->list[dict]:
+    "Rows in which the sharers read what belongs to the next. To a row that is alone they say its first word, over and over."
+    return [mismatched_row(r, rows[i+1:] + rows[:i], special) for i, r in enumerate(rows)]
+
 # %% ../nbs/10_audit.ipynb #def-mismatched-task
 class MismatchedTask(FuserTask):
     "Training in which every sharer reads the next row's text. What is saved says so."
@@ -313,13 +322,6 @@ class MismatchedTask(FuserTask):
 
     def inputs(self, rows, step): return super().inputs(mismatched_rows(rows, self.special), step)
     def save(self, folder, about): super().save(folder, dict(about) | dict(caches='mismatched'))
-
-def mismatched_rows(
-    rows:list[dict], # from a processor's `encode`
-    special:list, # from `special_ids`
-)->list[dict]:
-    "Rows in which the sharers read what belongs to the next. To a row that is alone they say its first word, over and over."
-    return [mismatched_row(r, rows[i+1:] + rows[:i], special) for i, r in enumerate(rows)]
 
 # %% ../nbs/10_audit.ipynb #def-train-mismatched
 def train_mismatched(
@@ -354,11 +356,13 @@ def check_retrained(
     if differ: raise ValueError(f"the retrained fuser {retrained} was made for another pair of models than {fuser}; what differs: {', '.join(differ)}. Train it with the recipe of the fuser that is audited")
     if a.get('fingerprint') == b.get('fingerprint') is not None: raise ValueError(f"the retrained fuser {retrained} is the very fuser that is audited: give one that train_mismatched(recipe) made")
 
-# %% ../nbs/10_audit.ipynb #def-register-arm
+# %% ../nbs/10_audit.ipynb #def-cannot-run
 class CannotRun(ValueError): "Why an arm cannot be run for these models."
 
-_arms = {}
+# %% ../nbs/10_audit.ipynb #arms-known
+_arms = {} # name -> function, and what it hears
 
+# %% ../nbs/10_audit.ipynb #def-register-arm
 def register_arm(
     name:str, # what it is called
     about:str, # what the fuser hears, for tables
@@ -367,11 +371,12 @@ def register_arm(
     def keep(make): _arms[name] = (make, about); return make
     return keep
 
+# %% ../nbs/10_audit.ipynb #def-arm-names
 def arm_names()->list[str]: # of `make_arms`
     "The arms there are."
     return list(_arms)
 
-# %% ../nbs/10_audit.ipynb #def-altered
+# %% ../nbs/10_audit.ipynb #def-arm-model-of
 def arm_model(
     c2c:C2CModel, # receiver, sharers and what else is kept
     fusers:list, # instead of its own
@@ -386,6 +391,7 @@ def arm_model(
     if sharers is not None: new.sharers = nn.ModuleList(sharers)
     return new.eval()
 
+# %% ../nbs/10_audit.ipynb #def-altered
 def _altered(c2c, processor, name, kind, fusers, seed=None, note='', generation=None, template_kwargs=None):
     return Arm(arm_model(c2c, fusers, processor), processor, name, kind, note, {} if seed is None else dict(seed=seed), generation=generation, template_kwargs=template_kwargs)
 
@@ -442,11 +448,12 @@ def _retrained(c2c, processor, name, retrained=None, pool=None, golds=None, gold
     note = '' if known else "it does not say of itself that it was trained with other questions' caches"
     return Mismatched(arm_model(c2c, [f.eval() for f in fusers], processor), processor, name, pool, golds, gold, seed, 'retrained', note=note, generation=generation, template_kwargs=template_kwargs)
 
-# %% ../nbs/10_audit.ipynb #def-make-arms
+# %% ../nbs/10_audit.ipynb #def-arms
 class Arms(dict):
     "Systems by name; `left_out` has the reason of every arm that cannot be run."
     def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs); self.left_out = {}
 
+# %% ../nbs/10_audit.ipynb #def-check-arms
 def _arm(name):
     "An arm by its name, in any spelling. Raises `ValueError` naming the nearest."
     plain = lambda x: re.sub(r'[^a-z0-9]', '', str(x).lower())
@@ -461,6 +468,7 @@ def check_arms(
     wanted = list(_arms) if names is None else [_arm(n) for n in ([names] if isinstance(names, str) else names)]
     return list(dict.fromkeys(['matched', 'mismatched', *wanted]))
 
+# %% ../nbs/10_audit.ipynb #def-make-arms
 def make_arms(
     c2c:C2CModel, # receiver, sharers, fusers; in evaluation mode
     names:list|None=None, # of arms; None: all. 'matched' and 'mismatched' are always there, and the receiver and the sharers alone
@@ -545,6 +553,7 @@ class Verdict:
     def __repr__(self): return '\n'.join([self.headline, *self.sentences])
     def _repr_markdown_(self): return f'**{self.headline}**\n\n' + '\n'.join(f'- {s}' for s in self.sentences)
 
+# %% ../nbs/10_audit.ipynb #def-judge
 def judge(
     found:dict, # from `contrasts`
     alpha:float=.05, # of each family of tests
@@ -590,7 +599,7 @@ def judge(
     else: kind, head = 'undecided', f"Nothing can be told by {n} questions"
     return Verdict(kind, head + '.', say)
 
-# %% ../nbs/10_audit.ipynb #def-take-over
+# %% ../nbs/10_audit.ipynb #def-takeover-class
 @dataclass
 class TakeOver:
     "How often the receiver says what the sharer wrongly said."
@@ -607,6 +616,7 @@ class TakeOver:
         said = "Errors are taken over" if len(more) == len(self.contrasts) else "The same errors are made more often than with " + {'receiver': 'no cache', 'mismatched': "another question's cache"}[more[0]] if more else "That errors are taken over cannot be told"
         return f"The {self.sharer} gave a wrong answer to {self.n} of {self.of} questions. C2C gave the same wrong answer to {share('matched')} of them, with another question's cache to {share('mismatched')}, the receiver alone to {share('receiver')}. {said} ({'; '.join(f'matched − {c.b}: {c.words()}' for c in self.contrasts)})."
 
+# %% ../nbs/10_audit.ipynb #def-take-over
 def take_over(
     by:dict, # system -> id -> record, as in `Evaluation.by`
     sharer:str='sharer', # its name
@@ -618,7 +628,7 @@ def take_over(
     pairs = [Contrast(k, 'matched', k, p := paired(same['matched'], same[k], seed), p.p) for k in ('mismatched', 'receiver')] if ids else []
     return TakeOver(sharer, len(ids), len(by[sharer]), {k: sum(v) for k, v in same.items()}, holm(pairs))
 
-# %% ../nbs/10_audit.ipynb #def-harm
+# %% ../nbs/10_audit.ipynb #def-harm-class
 @dataclass
 class Harm:
     "What became of the receiver's answers."
@@ -633,6 +643,7 @@ class Harm:
     @property
     def kept(self)->tuple: "Of those the receiver had right: share that was lost, and its interval; None where it had none."; return None if not self.right else (self.lost/self.right, *interval(self.lost, self.right))
 
+# %% ../nbs/10_audit.ipynb #def-harm
 def harm(
     by:dict, # system -> id -> record, as in `Evaluation.by`
     arm:str='matched', # what was changed
@@ -725,6 +736,7 @@ def rows(self:Audit)->list[list]:
         out.append([n, self.about.get(n, ''), f'{100*sum(marks)/len(marks):.1f} %', f'{100*low:.1f} to {100*high:.1f} %', *against, *([h.lost, h.won] if h else ['', ''])])
     return out
 
+# %% ../nbs/10_audit.ipynb #def-audit-report
 @patch
 def report(self:Audit)->str: # Markdown
     "Everything, as a text."
@@ -742,6 +754,7 @@ def report(self:Audit)->str: # Markdown
     lines += ['', '### A rule of confidence', '', self.rule.words() if self.rule else "Not fitted: it needs option scores (method='options') of at least two questions."]
     return '\n'.join(lines) + '\n'
 
+# %% ../nbs/10_audit.ipynb #def-audit-repr
 @patch
 def _repr_markdown_(self:Audit): return self.report()
 
