@@ -321,6 +321,7 @@ class MismatchedTask(FuserTask):
         self.special = special_ids(self.processor)
 
     def inputs(self, rows, step): return super().inputs(mismatched_rows(rows, self.special), step)
+    def fingerprints(self): return super().fingerprints() | dict(caches='mismatched')     # such a run is not gone on with as another
     def save(self, folder, about): super().save(folder, dict(about) | dict(caches='mismatched'))
 
 # %% ../nbs/10_audit.ipynb #def-train-mismatched

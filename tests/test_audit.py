@@ -131,20 +131,24 @@ def test_own_cache_with_layers_that_share_a_sharer_layer(pair):
     assert sk.shape[0] == 4 and torch.equal(sk[..., :rk.shape[-1]][:, :, :1], rk) and not torch.equal(sk[0], sk[1])
 
 
-def test_halves(pair, arms):
+def test_halves(pair):
     "With keys only, values are the receiver's to the bit, and the other way round."
+    c2c = C2CModel(pair.receiver, pair.sharers, [fuser_for(pair.receiver, pair.sharers[0])], processor=pair.processor).eval()
+    arms = make_arms(c2c, ['keys only', 'values only'], pool=ragged)
     batch = arms['matched'].batch(ragged)
     caches = {n: arms[n].prefill(batch).cache for n in ('receiver', 'matched', 'keys only', 'values only')}
     real = batch['attention_mask'][:, None, :-1, None].bool()
-    for i in range(len(caches['matched'].layers)):
-        if not any(pair.fusers[0].open_gates()[i]): continue
-        (rk, rv), (mk, mv), (kk, kv), (vk, vv) = (tuple(x*real for x in read_layer(c, i)) for c in caches.values())
-        if i == 0:                                               # what is read over a fused cache differs further up
-            assert torch.equal(kv, rv) and torch.equal(vk, rk) and torch.equal(kk, mk) and torch.equal(vv, mv)
-            assert not torch.equal(kk, rk) or not pair.fusers[0].open_gates()[i][0]
-            assert not torch.equal(vv, rv) or not pair.fusers[0].open_gates()[i][1]
-    assert [a or b for a, b in zip(*(sum(map(list, arms[n].c2c.fusers[0].open_gates()), []) for n in ('keys only', 'values only')))] == sum(map(list, pair.fusers[0].open_gates()), [])
-    assert arms['keys only'].fuser_costs[0] < arms['matched'].fuser_costs[0]
+    (rk, rv), (mk, mv), (kk, kv), (vk, vv) = (tuple(x*real for x in read_layer(c, 0)) for c in caches.values())     # what is read over a fused cache differs further up
+    assert torch.equal(kv, rv) and torch.equal(vk, rk) and torch.equal(kk, mk) and torch.equal(vv, mv) and not torch.equal(kk, rk) and not torch.equal(vv, rv)
+    last = [read_layer(c, len(c.layers) - 1) for c in caches.values()]
+    assert not torch.equal(last[0][0], last[2][0]) and not torch.equal(last[0][1], last[3][1])
+    fuser = arms['keys only'].c2c.fusers[0]
+    assert fuser.open_gates() == [(a, False) for a, _ in c2c.fusers[0].open_gates()] and c2c.fusers[0].open_gates()[0] == (True, True)
+    kvs = [tuple(torch.randn(1, *g.layer(i)[:1], 5, g.layer(i)[1]) for _ in range(2)) for g in [fuser.sharer_geometry] for i in range(g.layers)], [tuple(torch.randn(1, *g.layer(i)[:1], 5, g.layer(i)[1]) for _ in range(2)) for g in [fuser.receiver_geometry] for i in range(g.layers)]
+    assert all(k is not None and v is None for k, v in fuser(*kvs, gates=[(True, True)]*len(kvs[1])))
+    assert arms['keys only'].fuser_costs[0] == arms['values only'].fuser_costs[0] == arms['matched'].fuser_costs[0]/2
+    closed = C2CModel(pair.receiver, pair.sharers, [fuser_for(pair.receiver, pair.sharers[0], gate=-1.)], processor=pair.processor).eval()
+    assert 'nothing is fused' in make_arms(closed, ['keys only'], pool=ragged)['keys only'].note
 
 
 def test_random_weights(pair, arms):
