@@ -624,7 +624,7 @@ def take_over(
     seed:int=0, # of the bootstrap
 )->TakeOver:
     "Count the sharer's errors, and who makes the same."
-    ids = [i for i, r in by[sharer].items() if not r['error'] and r['prediction'] is not None and not r['correct'] and all(i in by[k] for k in ('matched', 'mismatched', 'receiver'))]
+    ids = [i for i, r in sorted(by[sharer].items()) if not r['error'] and r['prediction'] is not None and not r['correct'] and all(i in by[k] for k in ('matched', 'mismatched', 'receiver'))]
     same = {k: [by[k][i]['prediction'] == by[sharer][i]['prediction'] for i in ids] for k in ('matched', 'mismatched', 'receiver')}
     pairs = [Contrast(k, 'matched', k, p := paired(same['matched'], same[k], seed), p.p) for k in ('mismatched', 'receiver')] if ids else []
     return TakeOver(sharer, len(ids), len(by[sharer]), {k: sum(v) for k, v in same.items()}, holm(pairs))
