@@ -23,6 +23,11 @@ def _part(name:str) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(items):
+    "The notebooks begin: they take longest, and one of two processes is busy with them."
+    items.sort(key=lambda item: item.path.name != 'test_notebooks.py')
+
+
 @pytest.fixture(scope='session')
 def shared() -> Path:
     "The folder of shared data, or a skip."

@@ -34,10 +34,10 @@ def status() -> str:
 
 @pytest.fixture(scope='module')
 def runs(request):
-    "All notebooks that were asked for, two at a time; and what git saw before."
+    "All notebooks that were asked for, one behind the other, beside the other tests; and what git saw before."
     asked = [i.callspec.params['notebook'] for i in request.session.items if i.originalname == 'test_notebook' and i.path == request.path]
     before = status()
-    with ThreadPoolExecutor(2) as pool: yield {n: pool.submit(run_python, RUN.format(notebook=str(n), flags=flags()), cwd=root, timeout=1800) for n in asked}, before
+    with ThreadPoolExecutor(1) as pool: yield {n: pool.submit(run_python, RUN.format(notebook=str(n), flags=flags()), cwd=root, timeout=1800) for n in asked}, before
 
 
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda p: p.relative_to('nbs').as_posix())
