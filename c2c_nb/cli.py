@@ -388,7 +388,8 @@ def c2c_audit(
         _check_fuser(fuser); _check_out(out)
         if main: print('Loading torch and transformers ...', file=sys.stderr, flush=True)
         import torch, transformers
-        from c2c_nb.audit import audit, check_arms, check_retrained
+        from c2c_nb.arms import check_arms, check_retrained
+        from c2c_nb.audit import audit
         from c2c_nb.bench import default_template, make_benchmark, read_template
         transformers.utils.logging.disable_progress_bar()
         check_arms(arms)

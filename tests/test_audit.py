@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest, torch
 from transformers import AutoModelForCausalLM
 
-import c2c_nb.audit as audit_module
+import c2c_nb.arms as arms_module
 from c2c_nb.align import C2CProcessor, load_tokenizer
-from c2c_nb.audit import (Arm, ArmFuser, Audit, CannotRun, Harm, Mismatched, MismatchedTask, arm_model, audit, check_arms, check_retrained, contrasts, fit_rule, harm, heard_columns, judge, make_arms,
-    mismatched_row, mismatched_rows, register_arm, row_numbers, special_ids, take_over)
+from c2c_nb.arms import Arm, ArmFuser, CannotRun, Mismatched, MismatchedTask, arm_model, check_arms, check_retrained, heard_columns, make_arms, mismatched_row, mismatched_rows, register_arm, row_numbers, special_ids
+from c2c_nb.audit import Audit, Harm, audit, contrasts, fit_rule, harm, judge, take_over
 from c2c_nb.bench import default_template, make_benchmark
 from c2c_nb.cache import read_layer
 from c2c_nb.cli import c2c_audit
@@ -267,7 +267,7 @@ def test_threads_and_errors_leave_nothing(pair, arms):
     state = torch.random.get_rng_state()
     with pytest.raises(ValueError): arms['noise'].c2c.prefill(torch.zeros(1, 0, dtype=torch.long))
     keys(batches[0])
-    assert audit_module._texts.get() is None and torch.equal(state, torch.random.get_rng_state())
+    assert arms_module._texts.get() is None and torch.equal(state, torch.random.get_rng_state())
 
 
 def test_row_numbers():
@@ -435,7 +435,7 @@ def test_an_arm_of_ones_own(pair, assets, tmp_path):
     @register_arm('never', 'nothing')
     def never(c2c, processor, name): raise CannotRun('it is never possible')
     try: found = audit(pair, bench(assets, limit=3), tmp_path/'a', ['ones', 'never'], progress=False)
-    finally: del audit_module._arms['ones'], audit_module._arms['never']
+    finally: del arms_module._arms['ones'], arms_module._arms['never']
     assert list(found.marks) == ['receiver', 'sharer', 'matched', 'mismatched', 'ones'] and found.left_out == dict(never='it is never possible')
     assert 'never: it is never possible' in found.report() and 'never: it is never possible' in repr(found) and json.loads((tmp_path/'a'/'audit.json').read_text())['not_run'] == found.left_out
     assert (tmp_path/'a'/'audit.png').read_bytes()[:4] == b'\x89PNG' and found.verdict.headline in (tmp_path/'a'/'audit.md').read_text()
