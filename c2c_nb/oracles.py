@@ -151,7 +151,8 @@ def layer_enrichment(
     ks = sorted(set(ks or range(1, len(layers) + 1)))
     if not 1 <= ks[0] <= ks[-1] <= len(layers): raise ValueError(f"ks={ks} was given; the receiver has {len(layers)} layers that can be enriched, so use numbers from 1 to that")
     choice, test = split_ids(prompts, seed=seed)
-    make = lambda chosen: enriched(model, tokenizer, examples, list(chosen), _layers_name(chosen, layers), shot, **kwargs)
+    whole = enriched(model, tokenizer, examples, None, 'all layers', shot, **kwargs)
+    def make(chosen): new = copy.copy(whole); new.layers, new.name = sorted(chosen), _layers_name(chosen, layers); return new
     systems = {'receiver': Alone(model, tokenizer, **kwargs), 'few-shot': few(model, tokenizer, examples, 'few-shot', shot, **kwargs)}
     systems |= {s.name: s for s in map(make, [[], *([i] for i in layers), layers])}
     ask = lambda: evaluate(systems, benchmark, folder, template, method, batch_size, max_new_tokens, 0., progress)

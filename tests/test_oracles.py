@@ -9,7 +9,7 @@ from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.baseline import Alone, CacheEnrichment, FewShot
 from c2c_nb.bench import QuestionFile, default_template, make_benchmark
 from c2c_nb.cache import make_cache, read_layer
-from c2c_nb.evaluate import prompt_key, read_records
+from c2c_nb.evaluate import Evaluation, prompt_key, read_records
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 from c2c_nb.oracles import (Conversion, LayerEnrichment, OwnEnrichment, OwnFewShot, conversion_error, explained, fit_mlp, fit_ridge, fused_change, gold_log_probability,
@@ -31,6 +31,10 @@ def bare_tokenizer():
 
 class Words(QuestionFile):
     name, plain = 'words', True
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch): "Evaluations write pictures, which are tested elsewhere and take most of the time."; monkeypatch.setattr(Evaluation, 'save_figures', lambda self: [])
 
 
 @pytest.fixture
