@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'CONVERTERS', 'OwnExamples', 'OwnFewShot', 'OwnEnrichment', 'split_ids', 'gold_log_probability',
-           'LayerEnrichment', 'layer_enrichment', 'TokenCaches', 'token_caches', 'fit_ridge', 'fit_mlp', 'explained',
-           'Conversion', 'conversion_error', 'other_tokens', 'same_token', 'FusedChange', 'nearer', 'projected',
-           'fused_change']
+           'gold_nats', 'LayerEnrichment', 'layer_enrichment', 'TokenCaches', 'token_caches', 'fit_ridge', 'fit_mlp',
+           'explained', 'Conversion', 'conversion_error', 'other_tokens', 'same_token', 'FusedChange', 'nearer',
+           'projected', 'fused_change']
 
 # %% ../nbs/10b_oracles.ipynb #orc-imports
 import copy
@@ -88,8 +88,17 @@ def gold_log_probability(
     golds = record['gold'] if isinstance(record['gold'], list) else [record['gold']]
     return float(np.logaddexp.reduce([record['scores'][g] for g in golds]))
 
+# %% ../nbs/10b_oracles.ipynb #def-gold-nats
+def gold_nats(
+    record:dict, # of an evaluation with method='options'
+)->float: # nats a token
+    "Mean log-probability of the right option's tokens (of the likeliest, if several are right), whatever the other options are. Raises `ValueError` for a record without."
+    if not (raw := record['extra'].get('logprobs')): raise ValueError(f"the record of {record['id']} has no log-probabilities: evaluate with method='options', or measure 'accuracy'")
+    golds = record['gold'] if isinstance(record['gold'], list) else [record['gold']]
+    return max(raw[k]/record['extra']['option_tokens'][k] for g in golds for k in (g, f' {g}') if k in raw)
+
 # %% ../nbs/10b_oracles.ipynb #def-measures
-MEASURES = {'accuracy': lambda r: float(r['correct']), 'log-probability': gold_log_probability}
+MEASURES = {'accuracy': lambda r: float(r['correct']), 'log-probability': gold_log_probability, 'nats a token': gold_nats}
 
 # %% ../nbs/10b_oracles.ipynb #def-layerenrichment
 @dataclass
@@ -99,9 +108,9 @@ class LayerEnrichment:
     ranking:list # the same, the most helpful first, by the questions of `choice`
     choice:list # ids of the questions that rank
     test:list # ids of the questions that judge
-    measure:str # 'accuracy' or 'log-probability', by which layers are ranked
+    measure:str # of `MEASURES`, by which layers are ranked
     ks:list # how many layers were enriched together
-    outcomes:dict # 'accuracy', and 'log-probability' where options were scored -> system -> a number for each question, those of `choice` first
+    outcomes:dict # measure ('accuracy', and the others where options were scored) -> system -> a number for each question, those of `choice` first
     evaluation:Evaluation|None = None # all systems, all questions, on record; None: not at hand
 
     @property
@@ -123,7 +132,7 @@ def layer_enrichment(
     folder:str|Path, # where the records go; one that is there already goes on
     template:Template|None=None, # how questions are put; None: our own words
     method:str='options', # 'options' for the likeliest label, or 'generate'
-    measure:str|None=None, # that ranks the layers: 'accuracy' or 'log-probability'; None: the finer one that there is
+    measure:str|None=None, # that ranks the layers, of `MEASURES`; None: 'log-probability' where options are scored, else 'accuracy'
     ks:list|None=None, # how many layers are enriched together; None: all numbers
     seed:int=0, # of the split of the questions
     shot:str='{prompt} {answer}\n\n', # an example in plain text
@@ -138,7 +147,7 @@ def layer_enrichment(
     if isinstance(model, C2CModel): model, tokenizer = model.receiver, tokenizer or getattr(model.processor, 'receiver_tokenizer', None)
     if tokenizer is None: raise ValueError("there is no tokenizer: give the receiver's, or a C2CModel with a processor")
     measure = measure or ('log-probability' if method == 'options' else 'accuracy')
-    if measure not in MEASURES or (measure == 'log-probability' and method != 'options'): raise ValueError(f"measure={measure!r} was given with method={method!r}; there are {', '.join(MEASURES)}, the latter only for method='options'")
+    if measure not in MEASURES or (measure != 'accuracy' and method != 'options'): raise ValueError(f"measure={measure!r} was given with method={method!r}; there are {', '.join(MEASURES)}, all but the first only for method='options'")
     template = template or default_template()
     prompts = {q.id: template.render(q) for q in benchmark.questions()[0]}
     if isinstance(examples, dict):
@@ -169,7 +178,7 @@ def layer_enrichment(
 @patch
 def values(self:LayerEnrichment,
     system:str, # its name
-    measure:str|None=None, # 'accuracy' or 'log-probability'; None: the one that ranked
+    measure:str|None=None, # of `MEASURES`; None: the one that ranked
     half:str='test', # 'test': the questions that judge; 'choice': those that ranked
 )->np.ndarray: # one for each question
     "What a system makes of questions. Raises `ValueError` for a system or measure that is not there."
@@ -205,17 +214,17 @@ def rows(self:LayerEnrichment,
     role = {}
     for k in self.ks:
         for word, name in (('best', self.best(k)), ('worst', self.worst(k))): role.setdefault(name, []).append(f'{word} {k}')
-    names, fine = [n for n in self.systems if n != baseline], list(self.outcomes)
+    names, fine = [n for n in self.systems if n != baseline], list(dict.fromkeys(['accuracy', self.measure]))
     gains = {m: [self.gain(n, baseline, m) for n in names] for m in fine}
     p = {m: multipletests([g.p for g in gs], method='holm')[1] for m, gs in gains.items()}
-    scale, unit = {'accuracy': 100, 'log-probability': 1}, {'accuracy': 'points', 'log-probability': 'nats'}
-    out = [['enriched', 'rank', 'accuracy', '95 % interval', *(x for m in fine for x in (f'{unit[m]} above {baseline}', 'p'))]]
+    scale, unit = {'accuracy': 100}, {'accuracy': 'points', 'log-probability': 'nats'}
+    out = [['enriched', 'rank', 'accuracy', '95 % interval', *(x for m in fine for x in (f'{unit.get(m, m)} above {baseline}', 'p'))]]
     for n in [baseline, *names]:
         right = self.values(n, 'accuracy'); low, high = interval(int(right.sum()), len(right))
         row = [n, ', '.join(role.get(n, [])), f'{100*right.mean():.1f} %', f'{100*low:.1f} to {100*high:.1f} %']
         for m in fine:
             if n == baseline: row += ['', '']; continue
-            g, s = gains[m][names.index(n)], scale[m]
+            g, s = gains[m][names.index(n)], scale.get(m, 1)
             row += [f'{s*g.difference:+.3g} ({s*g.low:+.3g} to {s*g.high:+.3g})', f'{p[m][names.index(n)]:.2g}']
         out.append(row)
     return out
@@ -235,7 +244,7 @@ def plot(self:LayerEnrichment,
 ):# matplotlib figure
     "Gain of each layer alone, in both halves of the questions; and the best and worst `k` together, by the half that judges."
     measure = measure or self.measure
-    s, unit = (100, 'points') if measure == 'accuracy' else (1, 'nats')
+    s, unit = (100, 'points') if measure == 'accuracy' else (1, 'nats' if measure == 'log-probability' else measure)
     fig, axs = _figure(max(8, 5 + .22*len(self.layers)), 3.2, 1, 2)
     lines = [('all layers', '-'), ('few-shot', '--'), ('receiver', ':')]
     for half, colour, label, shift in (('choice', COLOURS['control'], 'half that ranks', -.12), ('test', COLOURS['C2C'], 'half that judges', .12)):
@@ -249,7 +258,7 @@ def plot(self:LayerEnrichment,
         ends = [mean_interval(v/s, draws=2000) for v in values]
         axs[1].errorbar(self.ks, [v.mean() for v in values], [[v.mean() - s*e[0] for v, e in zip(values, ends)], [s*e[1] - v.mean() for v, e in zip(values, ends)]], fmt='o-', ms=4, capsize=2, color=colour, label=f'{word} $k$')
     for name, style in [*lines[1:], ('no layer', '-.')]: axs[1].axhline(s*self.values(name, measure).mean(), color='#444', ls=style, lw=1, label=name)
-    axs[1].set(xticks=self.ks, xlabel='$k$ layers enriched together', ylabel='accuracy, %' if measure == 'accuracy' else 'log-probability of the right answer, nats')
+    axs[1].set(xticks=self.ks, xlabel='$k$ layers enriched together', ylabel='accuracy, %' if measure == 'accuracy' else f'right answer, {unit}')
     for ax in axs: ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=7)
     if title: fig.suptitle(title, fontsize=11)
     fig.tight_layout()
@@ -258,9 +267,9 @@ def plot(self:LayerEnrichment,
 # %% ../nbs/10b_oracles.ipynb #def-enrichment-dict
 @patch
 def to_dict(self:LayerEnrichment)->dict: # for `LayerEnrichment(**…)`
-    "All but the evaluation, for a file of JSON; log-probabilities are rounded to three digits."
+    "Without the evaluation, and with the outcomes of accuracy and of the measure that ranked alone, for a file of JSON; measures are rounded to three digits."
     short = lambda m, v: [int(x) if m == 'accuracy' else round(x, 3) for x in v]
-    return {k: v for k, v in vars(self).items() if k not in ('evaluation', 'outcomes')} | dict(outcomes={m: {n: short(m, v) for n, v in o.items()} for m, o in self.outcomes.items()})
+    return {k: v for k, v in vars(self).items() if k not in ('evaluation', 'outcomes')} | dict(outcomes={m: {n: short(m, v) for n, v in o.items()} for m, o in self.outcomes.items() if m in ('accuracy', self.measure)})
 
 # %% ../nbs/10b_oracles.ipynb #def-token-caches
 @dataclass
@@ -618,7 +627,7 @@ def fused_change(
             row = dict(layer=i, sharer_layer=source, half=half, open=gates[h], change=float((f - r).norm()/r.norm()))
             p, m = take(said[i][h]), take(mine[i][h])
             row |= dict(projected_r2=explained(m, p, m.mean(0), text, 0)['r2'], projected_size=float(p.norm()/m.norm()), projected_cosine=float(F.cosine_similarity(p, m, dim=1).mean()))
-            if conversion is not None: row['sharer_nearer'], row['sharer_cosine'] = nearer(r, f, conversion.maps['cache', half, i, method](take(theirs[i][h])))
+            if conversion is not None: row['sharer_nearer'], row['sharer_cosine'] = nearer(r, f, conversion.maps['cache', half, i, method](take(theirs[source][h])))
             if enriched is not None:
                 if half == 'keys': r, f = (_tokens(_plain(receiver, k[:, :, :where.shape[1]-1].float(), i, positions[:, :-1], space), where[:, :-1]) for k in (own[i][0], read_layer(fused, i)[0]))
                 g = gained[i][h][among.to(r.device)]

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.baseline import Alone, CacheEnrichment, FewShot
 from c2c_nb.bench import QuestionFile, default_template, make_benchmark
-from c2c_nb.cache import make_cache, read_layer
+from c2c_nb.cache import KVGeometry, make_cache, read_layer
 from c2c_nb.evaluate import Evaluation, prompt_key, read_records
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
-from c2c_nb.oracles import (Conversion, LayerEnrichment, OwnEnrichment, OwnFewShot, conversion_error, explained, fit_mlp, fit_ridge, fused_change, gold_log_probability,
+from c2c_nb.oracles import (MEASURES, Conversion, LayerEnrichment, OwnEnrichment, OwnFewShot, conversion_error, explained, fit_mlp, fit_ridge, fused_change, gold_log_probability,
     layer_enrichment, nearer, other_tokens, projected, same_token, split_ids, token_caches)
 from c2c_nb.toy import word_tokenizer
 from tiny import c2c_of, config_of, fuser_for, tiny
@@ -110,8 +110,16 @@ def test_the_ranking_has_not_seen_the_questions_that_judge(bench, tmp_path):
         assert found.best(k) == found.name(found.ranking[:k]) and found.worst(k) == found.name(found.ranking[::-1][:k])
         assert {found.best(k), found.worst(k)} <= set(found.systems)
     assert found.best(len(found.layers)) == found.worst(len(found.layers)) == 'all layers' and found.best(1) == f'layer {found.ranking[0]}'
+    for m, f in MEASURES.items(): assert found.values('layer 1', m).tolist() == [f(records['layer 1', i]) for i in found.test]
     gain = found.gain('all layers', 'no layer')
     assert gain.difference == pytest.approx(mean('all layers', found.test) - mean('no layer', found.test)) and gain.n == 10
+    told = []
+    for seed in range(1, 9):                                     # other halves may rank otherwise, and never as all questions together do unless they happen to agree
+        other = layer_enrichment(model, tok, examples, b, tmp_path/'e', seed=seed, ks=[len(found.layers)], shot='{prompt} {answer} ', progress=False)
+        by = lambda ids: sorted(found.layers, key=lambda i: -mean(f'layer {i}', ids))
+        assert other.ranking == by(other.choice)
+        told.append(by(other.choice) != by(other.choice + other.test))
+    assert any(told)
     rows = found.rows()
     assert [r[0] for r in rows[1:]] == found.systems and len({len(r) for r in rows}) == 1
 
@@ -133,6 +141,15 @@ def test_it_goes_on_where_it_was_and_refuses_another(bench, tmp_path):
     assert len(file.read_text().splitlines()) == count            # nothing was asked again
     with pytest.raises(FileExistsError, match='another evaluation'): ask('whole', examples=examples[:1])
     assert len(file.read_text().splitlines()) == count
+
+
+def test_nats_are_those_of_a_plain_pass(bench, tmp_path):
+    model, tok, b = tiny('qwen3'), bare_tokenizer(), bench(4)
+    by = layer_enrichment(model, tok, examples, b, tmp_path/'e', measure='nats a token', shot='{prompt} {answer} ', progress=False).values('receiver', half='test')
+    qs, prompts = prompts_of(b)
+    for q, p in zip(qs, prompts):
+        with torch.no_grad(): want = model(input_ids=torch.tensor([tok(p).input_ids])).logits[0, -1].log_softmax(-1)[tok(q.gold).input_ids[0]]
+        if q.id in split_ids([q.id for q in qs])[1]: assert float(np.abs(by - float(want)).min()) < 1e-4
 
 
 def test_a_record_says_the_same_again(bench, tmp_path):
@@ -238,7 +255,8 @@ def test_token_caches_are_those_of_single_texts():
     receiver, sharer, t = tiny('qwen3'), tiny('llama', 1), word_tokenizer(words)
     other = word_tokenizer(words[::-1])
     texts = texts_of(5)
-    for processor, tok2 in ((C2CProcessor(t, [t]), t), (C2CProcessor(t, [other], 'offsets'), other), (C2CProcessor(t, [other], 'first'), other)):
+    bare = bare_tokenizer()                                      # its positions are one less, so that pairing matters
+    for processor, tok2 in ((C2CProcessor(t, [t]), t), (C2CProcessor(t, [other], 'offsets'), other), (C2CProcessor(t, [other], 'first'), other), (C2CProcessor(t, [bare], 'offsets'), bare)):
         c = token_caches(receiver, sharer, texts, processor, batch_size=3)
         assert c.text.unique().tolist() == list(range(5))
         for n, text in enumerate(texts):
@@ -246,7 +264,7 @@ def test_token_caches_are_those_of_single_texts():
                 cache = make_cache(model.config)
                 with torch.no_grad(): model.base_model(input_ids=torch.tensor([tok(text).input_ids]), past_key_values=cache, use_cache=True)
                 for i in range(len(kvs)):
-                    for x, y in zip(kvs[i], read_layer(cache, i)): torch.testing.assert_close(x[c.text == n], y[0, :, 1:].transpose(0, 1).flatten(1), atol=1e-5, rtol=0)
+                    for x, y in zip(kvs[i], read_layer(cache, i)): torch.testing.assert_close(x[c.text == n], y[0, :, int(tok is not bare):].transpose(0, 1).flatten(1), atol=1e-5, rtol=0)
             assert c.back[c.text == n].tolist() == list(range(len(text.split())))[::-1] and c.ids[c.text == n].tolist() == t(text).input_ids[1:]
 
 
@@ -388,6 +406,20 @@ def test_an_enriched_cache_is_recognised(monkeypatch):
     for r in fused_change(c2c, prompts, enriched=e).rows:
         if r['layer'] == 0: assert np.isnan(r['enriched_nearer']); continue
         assert r['enriched_nearer'] == pytest.approx(1, abs=1e-3) and r['enriched_cosine'] == pytest.approx(1, abs=1e-3) and r['other_nearer'] < .9 and r['other_cosine'] < .95
+
+
+def test_the_mapped_layer_is_converted():
+    "What is given to a map is the sharer's cache of the layer that the layer map names, and what it gives is the target."
+    r, s, t = tiny('qwen3'), tiny('llama', 1), word_tokenizer(words)
+    deep = KVGeometry.of(s).layers - 1
+    fuser = fuser_for(r, s, layer_map=[deep, *[0]*(KVGeometry.of(r).layers - 1)])
+    c2c, prompts, given = C2CModel(r, [s], [fuser], processor=C2CProcessor(t, [t])).eval(), texts_of(3), {}
+    own = token_caches(r, s, prompts, c2c.processor)
+    keep = lambda i, h: lambda x: (given.__setitem__((i, h), x), own.receiver[i][h][own.back > 0] + 1)[1]
+    maps = {('cache', half, i, 'mlp'): keep(i, h) for i in range(len(fuser.layer_map)) for h, half in enumerate(('keys', 'values'))}
+    rows = fused_change(c2c, prompts, conversion=Conversion([], dict(layer_map=fuser.layer_map), maps)).rows
+    for (i, h), x in given.items(): torch.testing.assert_close(x, own.sharer[fuser.layer_map[i]][h][own.back > 0], atol=1e-5, rtol=0)
+    assert len(given) == len(maps) and all(np.isfinite(r['sharer_cosine']) for r in rows)
 
 
 def test_bad_changes():
