@@ -664,8 +664,8 @@ def plot(self:FusedChange,
         rs = [r for r in self.rows if r['half'] == half]; at = [r['layer'] for r in rs]
         axs[0][0].plot(at, [r['change'] for r in rs], style, color=COLOURS['C2C'], label=half)
         for k, label, colour in cosines: axs[0][1].plot(at, [r[k] for r in rs], style, color=colour, label=f'{half}: {label}')
-    axs[0][0].set(ylabel='size of the change / size of the own cache', ylim=(0, None))
-    if cosines: axs[0][1].set(ylabel='cosine of the change with the way to', ylim=(-1.05, 1.05)); axs[0][1].axhline(0, color='#bbb', lw=.8, zorder=0)
+    axs[0][0].set(ylabel='size of the change, relative', ylim=(0, None))
+    if cosines: high = max(.3, 1.2*np.nanmax([abs(r[k]) for r in self.rows for k, *_ in cosines])); axs[0][1].set(ylabel='cosine with the way to ...', ylim=(-high, high)); axs[0][1].axhline(0, color='#bbb', lw=.8, zorder=0)
     for ax in axs[0]: ax.set(xlabel='receiver layer', xticks=sorted({r['layer'] for r in self.rows})); ax.spines[['top', 'right']].set_visible(False)
     axs[0][0].legend(frameon=False, fontsize=8)
     if cosines: axs[0][1].legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
