@@ -313,6 +313,7 @@ class MismatchedTask(FuserTask):
         self.special = special_ids(self.processor)
 
     def inputs(self, rows, step): return super().inputs(mismatched_rows(rows, self.special), step)
+    def read(self, prompts): return self.processor.pad(mismatched_rows([self.processor.encode(p) for p in prompts], self.special), self.c2c.device)     # in a validation, too
     def fingerprints(self): return super().fingerprints() | dict(caches='mismatched')     # such a run is not gone on with as another
     def save(self, folder, about): super().save(folder, dict(about) | dict(caches='mismatched'))
 

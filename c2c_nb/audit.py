@@ -21,7 +21,7 @@ from .arms import check_arms, make_arms
 from .baseline import make_systems
 from .bench import Benchmark, Template, default_template
 from .checkpoint import replace_file
-from .evaluate import Evaluation, evaluate, prompt_key
+from .evaluate import Evaluation, _prompt, evaluate
 from .fuser import Fuser
 from .hub import markdown_table
 from .model import C2CModel
@@ -132,6 +132,7 @@ def judge(
     elif content.worse(alpha): kind, head = 'misled', "The right cache does worse than another question's"
     elif heard and not gain.better(alpha): kind, head = 'heard, no gain', "The content is heard, but that the receiver gains by it cannot be told"
     elif heard and strict is not None and not strict.better(alpha): kind, head = 'heard, not needed', "The content is heard, but the gain was not shown to need it: a fuser that never heard any does not do worse, as far as can be told"
+    elif heard and (free := [c.b for c in rest if c.b in ('zeros', 'noise', 'own cache', 'random weights') and c.paired.difference <= 0]): kind, head = 'heard, not needed', f"The content is heard, but the gain was not shown to need it: hearing {' or '.join(free)} does not do worse"
     elif heard and presence.better(alpha): kind, head = 'content and presence', "It is in part the content of the sharer's cache that helps, and in part that there is a cache at all"
     elif heard: kind, head = 'content', "It is the content of the sharer's cache that helps"
     elif gain.better(alpha) and presence.better(alpha): kind, head = 'presence', "What helps is that there is a cache, whatever is in it; that its content helps was not shown"
@@ -379,8 +380,8 @@ def audit(
     template = template or default_template()
     questions, _ = benchmark.questions()
     if method is None: method = 'options' if all(q.labels for q in questions) else 'generate'
-    prompts = [template.render(q) for q in questions]
-    if len({prompt_key(p) for p in prompts}) < 2: raise ValueError(f"{benchmark.name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
+    prompts = [_prompt(template, q, method) for q in questions]
+    if len({json.dumps(p) for p in prompts}) < 2: raise ValueError(f"{benchmark.name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
     made = make_arms(c2c, arms, processor, prompts, golds=[q.gold for q in questions], gold=gold, seed=seed, retrained=retrained, generation=generation, template_kwargs=template_kwargs)
     found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_errors, progress)
     out = Audit(found, made.about, made.left_out, seed=seed, share=share)

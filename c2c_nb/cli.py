@@ -325,7 +325,6 @@ def c2c_evaluate(
         print('\n'.join(shipped_recipes('evaluation'))); return
     try:
         recipe = _eval_recipe(what, set, systems, args, message_tokens, dict(method=method, template=template, variant=variant, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, dtype=dtype, device=device)).check()
-        if len(what) == 3 and not (Path(what[0])/'projector_config.json').is_file(): _check_fuser(what[0])
         if main: print('Loading torch and transformers ...', file=sys.stderr, flush=True)
         import datasets, transformers
         from c2c_nb.evaluate import prepare, run_recipe
@@ -383,6 +382,8 @@ def c2c_audit(
     try:
         from c2c_nb.recipe import read_values
         if method not in (None, 'generate', 'options'): raise ValueError(f"--method is {method!r}; use 'generate' or 'options'")
+        if batch_size < 1: raise ValueError(f"--batch_size is {batch_size}; use 1 or more")
+        if not 0 <= max_errors < 1: raise ValueError(f"--max_errors is {max_errors:g}; it is a share, at least 0 and below 1")
         if gold not in ('any', 'other'): raise ValueError(f"--gold is {gold!r}; use 'any' or 'other'")
         values = read_values(args or [])
         _check_fuser(fuser); _check_out(out)
@@ -397,8 +398,9 @@ def c2c_audit(
         asked, worded = make_benchmark(benchmark, values), read_template(template, variant) if template else default_template(variant)
         asked.questions()                                        # what is wrong with the data comes before the models
         from c2c_nb.model import C2CModel
-        where = device or ('auto' if torch.cuda.is_available() else None)
-        c2c = C2CModel.from_pretrained(fuser, dtype=dtype, **(dict(device_map=where) if where else {}))
+        from c2c_nb.evaluate import _processes
+        where = device or str(_processes().device)
+        c2c = C2CModel.from_pretrained(fuser, dtype=dtype, **({} if where == 'cpu' else dict(device_map=where)))
         found = audit(c2c, asked, out, arms, retrained=retrained, template=worded, method=method, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, gold=gold, seed=seed, progress=not quiet)
     except (OSError, ValueError, KeyError, ImportError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)
     except RuntimeError as e: print(f'c2c_audit: {e}', file=sys.stderr); raise SystemExit(1)

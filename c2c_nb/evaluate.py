@@ -16,6 +16,8 @@ import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,7 +36,7 @@ from .hub import markdown_table
 from .model import C2CModel
 from .protocol import EvalModelRecipe, EvalRecipe
 from .recipe import RECIPE, _raise, import_modules, nearest
-from .stats import by_category, interval, paired
+from .stats import by_category, interval, mean_interval, paired
 from .toy import COLOURS, build_models, get_world
 
 # %% ../nbs/09_evaluate.ipynb #def-prompt-key
@@ -77,22 +79,22 @@ def read_records(
     "All lines of an evaluation, from all of its processes. A line that was half written when the process was killed is left out."
     found = {}
     for file in sorted(Path(folder).glob('records*.jsonl')):
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().split(b'\n'):            # what is said may have other line ends in it
             try: r = json.loads(line)
             except ValueError: continue
-            found.setdefault((r['system'], r['id']), r)
+            if (key := (r['system'], r['id'])) not in found or found[key]['error']: found[key] = r      # an error is not for ever
     return list(found.values())
 
 # %% ../nbs/09_evaluate.ipynb #def-identity
 def _identity(systems, benchmark, questions, template, method, max_new_tokens):
     "What decides the answers."
     digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True, default=str, ensure_ascii=False).encode(errors='surrogatepass')).hexdigest()[:16]
-    return dict(systems={n: digest(s.describe()) for n, s in systems.items()}, benchmark=benchmark.name, arguments={k: v for k, v in asdict(benchmark).items() if v is not None}, questions=digest([asdict(q) for q in questions]), asked=len(questions),
+    return dict(systems={n: digest(s.describe()) for n, s in systems.items()}, benchmark=benchmark.name, arguments={k: v for k, v in asdict(benchmark).items() if v is not None and k not in ('data_files', 'path')}, questions=digest([asdict(q) for q in questions]), asked=len(questions),
         template=digest(asdict(template)), method=method, max_new_tokens=max_new_tokens)
 
 def _settle(folder, identity):
     "Is this the evaluation that the folder holds? Raises `FileExistsError` if it is another one."
-    file = folder/'evaluation.json'
+    file, identity = folder/'evaluation.json', json.loads(json.dumps(identity, default=str))      # as it is read back
     if file.exists():
         there = json.loads(file.read_text())
         flat = lambda d: {k: v for k, v in d.items() if k != 'systems'} | {f'system {n}': v for n, v in d['systems'].items()}
@@ -118,6 +120,11 @@ def _about(systems, recipe):
     return dict(recipe=None if recipe is None else recipe.to_dict(), seed=None if recipe is None else recipe.seed, versions=dict(c2c_nb=__version__, python=platform.python_version()) | {p: version(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')},
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else str(device), fusers={n: _fusers_of(s.describe()) for n, s in systems.items()})
 
+# %% ../nbs/09_evaluate.ipynb #def-processes
+def _processes():
+    "The processes that share an evaluation. They may have to wait for each other as long as it takes."
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=2))
+
 # %% ../nbs/09_evaluate.ipynb #def-evaluate
 def evaluate(
     systems:dict[str, System], # by name, as from `make_systems`
@@ -130,11 +137,15 @@ def evaluate(
     max_errors:float=.01, # share of questions that may raise an error
     progress:bool=True, # show a progress bar
     recipe:EvalRecipe|None=None, # where all of this comes from, for the summary
+    figures:bool=True, # write pictures, too
 ): # the `Evaluation`
     """Ask every system every question. Raises `ValueError` for questions that cannot be asked this way, `FileExistsError` for a folder with another evaluation, `RuntimeError` when too many questions raised errors."""
     if method not in ('generate', 'options'): raise ValueError(f"method={method!r} was given; use 'generate' or 'options'")
     if not systems: raise ValueError("no systems were given; at least one is needed")
-    template, folder, state = template or default_template(), Path(folder), PartialState(cpu=not torch.accelerator.is_available())
+    for name, value in dict(batch_size=batch_size, max_new_tokens=max_new_tokens).items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1): raise ValueError(f"{name}={value!r} was given; use a whole number of at least 1")
+    if not 0 <= max_errors < 1: raise ValueError(f"max_errors={max_errors!r} was given; it is a share of the questions, at least 0 and below 1")
+    template, folder, state = template or default_template(), Path(folder), _processes()
     questions, report = benchmark.questions()
     if method == 'options' and (without := next((q for q in questions if not q.labels), None)): raise ValueError(f"{benchmark.name} has questions without options (such as {without.id}): use method='generate'")
     prompts = {q.id: _prompt(template, q, method) for q in questions}
@@ -143,7 +154,7 @@ def evaluate(
         _settle(folder, _identity(systems, benchmark, questions, template, method, max_new_tokens))
         if recipe is not None: replace_file(folder/RECIPE, recipe.to_yaml())
     state.wait_for_everyone()
-    done = {(r['system'], r['id']) for r in read_records(folder)}
+    done = {(r['system'], r['id']) for r in read_records(folder) if not r['error']}     # what raised an error is asked again
     mine = questions[state.process_index::state.num_processes]
     size = lambda q: len(prompts[q.id]) if isinstance(prompts[q.id], str) else sum(len(m['content']) for m in prompts[q.id])
     bar = tqdm(total=len(mine)*len(systems), initial=sum((n, q.id) in done for n in systems for q in mine), desc=f'asking {benchmark.name}', disable=not (progress and state.is_main_process))
@@ -163,7 +174,9 @@ def evaluate(
     state.wait_for_everyone()
     found = Evaluation(folder, list(systems), report=repr(report), about=_about(systems, recipe))
     found.check(len(questions), max_errors)
-    if state.is_main_process: found.save(); found.save_figures()
+    if state.is_main_process:
+        found.save()
+        if figures: found.save_figures()
     return found
 
 # %% ../nbs/09_evaluate.ipynb #def-ask-batch
@@ -202,6 +215,14 @@ class Evaluation:
             if len(self.by[n]) != asked: raise RuntimeError(f"{n}: {len(self.by[n])} of {asked} questions have a record; run the evaluation again to ask the others")
             if len(errors) > max_errors*asked: raise RuntimeError(f"{n}: {len(errors)} of {asked} questions raised an error, more than the share of {max_errors:g} that is allowed, so this is no result; the commonest: {Counter(r['error'] for r in errors).most_common(1)[0][0]}")
 
+    @cached_property
+    def graded(self)->bool: "Are answers measured between 0 and 1, and not only right or wrong?"; return any(0 < r['score'] < 1 for r in self.records)
+    def mark(self, record:dict)->float: "What counts: right or wrong, or the measure."; return record['score'] if self.graded else float(record['correct'])
+    def share(self, system:str)->tuple[float, float, float]: # mean, and its 95 % interval
+        "Accuracy, or the mean of the measure."
+        marks = [self.mark(r) for r in self.by[system].values()]
+        return statistics.fmean(marks), *mean_interval(marks)
+
     def count(self, system:str, subject:str|None=None)->tuple[int, int]: # right, asked
         "How many answers are right."
         rows = [r for r in self.by[system].values() if subject is None or subject in (r['subject'], r['category'])]
@@ -216,11 +237,11 @@ class Evaluation:
 @patch
 def rows(self:Evaluation)->list[list]:
     "The table: a head, and a row for each system."
-    out = [['system', 'right', 'accuracy', '95 % interval', 'no answer found', 'errors', 'tokens written', 'ms a question']]
+    out = [['system', 'right', 'mean score' if self.graded else 'accuracy', '95 % interval', 'no answer found', 'errors', 'tokens written', 'ms a question']]
     for n in self.systems:
         (right, asked), rs = self.count(n), list(self.by[n].values())
-        low, high = interval(right, asked)
-        out.append([n, f'{right} of {asked}', f'{100*right/asked:.1f} %', f'{100*low:.1f} to {100*high:.1f} %', sum(r['prediction'] is None and not r['error'] for r in rs), sum(r['error'] is not None for r in rs),
+        mean, low, high = self.share(n)
+        out.append([n, f'{right} of {asked}', f'{100*mean:.1f} %', f'{100*low:.1f} to {100*high:.1f} %', sum(r['prediction'] is None and not r['error'] for r in rs), sum(r['error'] is not None for r in rs),
             f"{statistics.mean(r['tokens_out'] for r in rs):.1f}", f'{1000*sum(self.seconds(n).values()):.1f}'])
     return out
 
@@ -242,7 +263,7 @@ def compare(self:Evaluation,
     for n in (a, b):
         if n not in self.by: raise ValueError(f"there is no system {n!r} in this evaluation; there are {', '.join(self.systems)}")
     ids = sorted(self.by[a].keys() & self.by[b].keys())
-    return paired([self.by[a][i]['correct'] for i in ids], [self.by[b][i]['correct'] for i in ids])
+    return paired([self.mark(self.by[a][i]) for i in ids], [self.mark(self.by[b][i]) for i in ids])
 
 # %% ../nbs/09_evaluate.ipynb #def-results
 @patch
@@ -272,7 +293,7 @@ def by_subject(self:Evaluation,
     "Accuracy of every system in every category (or subject, where there are none), as a `CategoryTable`."
     ids = [i for i in self.by[self.systems[0]] if all(i in self.by[n] for n in self.systems)]
     first = self.by[self.systems[0]]
-    return by_category([first[i]['category'] or first[i]['subject'] or first[i]['benchmark'] for i in ids], {n: [self.by[n][i]['correct'] for i in ids] for n in self.systems}, baseline)
+    return by_category([first[i]['category'] or first[i]['subject'] or first[i]['benchmark'] for i in ids], {n: [self.mark(self.by[n][i]) for i in ids] for n in self.systems}, baseline)
 
 # %% ../nbs/09_evaluate.ipynb #def-save-eval
 @patch
@@ -305,10 +326,9 @@ def plot(self:Evaluation,
     "Accuracy of every system with its interval, and accuracy against time."
     fig, axs = _figure(9, .4*len(self.systems) + 1.6, 1, 2)
     for y, n in enumerate(self.systems[::-1]):
-        (k, m), t = self.count(n), 1000*sum(self.seconds(n).values())
-        low, high = interval(k, m)
-        axs[0].barh(y, k/m, color=_colour(n), xerr=[[k/m - low], [high - k/m]], ecolor='#444', capsize=2)
-        axs[1].errorbar(t, k/m, [[k/m - low], [high - k/m]], fmt='o', color=_colour(n), capsize=2); axs[1].annotate(n, (t, k/m), xytext=(5, 4), textcoords='offset points', fontsize=8)
+        (share, low, high), t = self.share(n), 1000*sum(self.seconds(n).values())
+        axs[0].barh(y, share, color=_colour(n), xerr=[[share - low], [high - share]], ecolor='#444', capsize=2)
+        axs[1].errorbar(t, share, [[share - low], [high - share]], fmt='o', color=_colour(n), capsize=2); axs[1].annotate(n, (t, share), xytext=(5, 4), textcoords='offset points', fontsize=8)
     axs[0].set(yticks=range(len(self.systems)), yticklabels=self.systems[::-1], xlim=(0, 1.02), xlabel='accuracy, 95 % interval'); axs[1].set(xlabel='milliseconds a question, batched (median)', ylabel='accuracy', ylim=(0, 1.05))
     for ax in axs: ax.spines[['top', 'right']].set_visible(False)
     if title: fig.suptitle(title, fontsize=11)
@@ -484,8 +504,7 @@ def load_models(
     model:EvalModelRecipe, # who is there
 )->C2CModel|Unfused: # in evaluation mode
     "Receiver, sharers and fusers of a recipe. Raises `ValueError` or `OSError` for what is not there or does not fit."
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    where = model.device or (str(state.device) if state.num_processes > 1 else 'auto' if torch.accelerator.is_available() else 'cpu')
+    where = model.device or str(_processes().device)
     fusers = [_open_fuser(f) for f in model.fusers]
     if model.world:
         world = get_world(model.world, **model.world_args)
@@ -580,7 +599,7 @@ class Results:
     def rows(self)->list[list]:
         "The table: of one benchmark its own; of several the accuracies."
         if len(self.evaluations) == 1: return next(iter(self.evaluations.values())).rows()
-        def cell(e, n): (right, asked), (low, high) = e.count(n), interval(*e.count(n)); return f'{100*right/asked:.1f} % ({100*low:.1f} to {100*high:.1f})'
+        def cell(e, n): mean, low, high = e.share(n); return f'{100*mean:.1f} % ({100*low:.1f} to {100*high:.1f})'
         systems = next(iter(self.evaluations.values())).systems
         return [['system', *self.evaluations], *([n, *(cell(e, n) for e in self.evaluations.values())] for n in systems)]
 

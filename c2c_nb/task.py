@@ -287,8 +287,14 @@ class FuserTask(Task):
 # %% ../nbs/06g_task.ipynb #def-next-tokens
 @patch
 @torch.no_grad()
+def read(self:FuserTask, prompts):
+    "A batch of prompts, as it is read in a validation."
+    return self.processor(prompts, device=self.c2c.device)
+
+@patch
+@torch.no_grad()
 def next_tokens(self:FuserTask, prompts):
-    batch = self.processor(prompts, device=self.c2c.device)
+    batch = self.read(prompts)
     sections, real = batch['sections'], batch['attention_mask'] > 0
     last = (real & (sections == sections[:, -1:])).sum(1)                 # length of each row's last section; its last token predicts
     logits = self.c2c(**batch).logits
@@ -297,7 +303,7 @@ def next_tokens(self:FuserTask, prompts):
 # %% ../nbs/06g_task.ipynb #def-answer
 @patch
 def answer(self:FuserTask, prompts, max_new_tokens):
-    batch = self.processor(prompts, device=self.c2c.device)
+    batch = self.read(prompts)
     pad = self.processor.receiver_tokenizer.pad_token_id
     out = self.c2c.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, **({} if pad is None else dict(pad_token_id=pad)))
     return self.processor.batch_decode(out, batch['input_ids'].shape[1])

@@ -388,7 +388,7 @@ def test_retrained(golden, assets, tmp_path):
     task = MismatchedTask(recipe, [pair.receiver, pair.sharers[0]], pair.processor)
     rows = [pair.processor.encode(p, 'yes') for p in ragged[:4]]
     task.load()
-    (plan, _), labels, _ = task.inputs([r | dict(length=len(r['input_ids'])) for r in rows], 0)
+    (plan, *_), labels, _ = task.inputs([r | dict(length=len(r['input_ids'])) for r in rows], 0)
     ids = [[i for i, m in zip(r, k) if m] for r, k in zip(plan.sharer_ids[0].tolist(), plan.sharer_masks[0].tolist())]
     for k, (row, heard) in enumerate(zip(rows, ids)):
         nxt, special = rows[(k+1) % 4], task.special[0]
