@@ -269,58 +269,80 @@ def c2c_answers(
     print(report)
 
 # %% ../nbs/13_cli.ipynb #def-evaluate-arguments
-_systems_help = "who is asked: receiver, sharer, T2T, C2C, 'T2T+C2C'; if not given, the first four"
+_what_help = "a recipe in YAML or JSON, ours or the official project's, the folder of an evaluation, or the name of a recipe that comes with the package; or else three things: a fuser, a benchmark, and a folder for the records"
+_What = Param(_what_help, str, opt=False, nargs='*') if Param else Annotated[str, _what_help, dict(nargs='*')]
+_eval_set_help = "values of the recipe to change, such as benchmarks.openbookqa.limit=100"
+_EvalSettings = Param(_eval_set_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _eval_set_help, dict(action='extend', nargs='*')]
+_systems_help = "who is asked, such as receiver, sharer, T2T, C2C, 'T2T+C2C'; if not given, as the recipe says, or the first four"
 _Systems = Param(_systems_help, str, nargs='*', default=None) if Param else Annotated[str, _systems_help, dict(nargs='*')]
 _bench_args_help = "arguments of the benchmark, such as split=validation limit=200"
 _BenchArgs = Param(_bench_args_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _bench_args_help, dict(action='extend', nargs='*')]
 
+# %% ../nbs/13_cli.ipynb #def-eval-recipe
+def _eval_recipe(what, values, systems, args, message_tokens, given):
+    "The recipe of a command line. Raises `ValueError` or `FileNotFoundError`."
+    from c2c_nb.protocol import EvalRecipe
+    from c2c_nb.recipe import read_recipe, read_values, recipe_from_dict, set_values, shipped_recipes
+    if len(what) not in (1, 3): raise ValueError(f"{len(what)} names were given; name a recipe (a file, or one of {', '.join(shipped_recipes('evaluation'))}), or a fuser, a benchmark and a folder for the records")
+    if len(what) == 1: recipe = read_recipe(what[0], EvalRecipe)
+    else: recipe = recipe_from_dict(dict(model=dict(fusers=[what[0]]), benchmarks=what[1], output=dict(folder=what[2])), cls=EvalRecipe)
+    d, notes = recipe.to_dict(), recipe.notes
+    for k in given:
+        if given[k] is not None: (d['model'] if k in ('dtype', 'device') else d)[k] = given[k]
+    if systems: d['systems'] = {n: d['systems'].get(n, {}) for n in systems}
+    for n, s in d['systems'].items():
+        if message_tokens is not None and s.get('kind', n).startswith('T2T'): s['message_tokens'] = message_tokens
+    if args and len(d['benchmarks']) != 1: raise ValueError(f"--args is for one benchmark, the recipe has {len(d['benchmarks'])}: write --set benchmarks.{next(iter(d['benchmarks']), 'NAME')}.{args[0]}")
+    for a in d['benchmarks'].values(): a |= read_values(args or [])
+    recipe = recipe_from_dict(d, cls=EvalRecipe)
+    recipe.notes = notes
+    return set_values(recipe, values or [])
+
 # %% ../nbs/13_cli.ipynb #def-c2c-evaluate
 @command
 def c2c_evaluate(
-    fuser:str, # folder or hub repository of a fuser
-    benchmark:str, # a benchmark, such as openbookqa or mmlu-redux
-    out:str, # folder for the records, or one to go on with
+    what:_What,
+    set:_EvalSettings=None,
     systems:_Systems=None,
     args:_BenchArgs=None,
-    method:str='generate', # 'generate', or 'options' for the likeliest label
+    method:str=None, # 'generate' (if the recipe says nothing else), or 'options' for the likeliest label
     template:str=None, # a file that words the prompts; if not given, our own words
-    variant:str='plain', # which wording of it
-    batch_size:int=16, # questions at once
+    variant:str=None, # which wording of it
+    batch_size:int=None, # questions at once; 16, if the recipe says nothing else
     max_new_tokens:int=None, # of an answer; if not given, as the benchmark says
-    message_tokens:int=256, # of a T2T message
-    max_errors:float=.01, # share of questions that may raise an error
-    dtype:str='auto', # of the models
+    message_tokens:int=None, # of a T2T message; 256, if the recipe says nothing else
+    max_errors:float=None, # share of questions that may raise an error; 0.01, if the recipe says nothing else
+    dtype:str=None, # of the models
     device:str=None, # a device, or 'auto' to spread the models over all; if not given, the GPU where there is one
+    dry_run:store_true=False, # show the recipe, the number of questions and the first prompt, and stop before the models are loaded
+    list:store_true=False, # name the recipes that come with the package
     quiet:store_true=False, # no progress bar
 ):
     "Ask several systems the same questions, and say who was right."
     refuse, main = lambda message: _refuse(message, 'c2c_evaluate'), os.environ.get('RANK', '0') == '0'
-    systems = systems or ['receiver', 'sharer', 'T2T', 'C2C']
+    if list:
+        from c2c_nb.recipe import shipped_recipes
+        print('\n'.join(shipped_recipes('evaluation'))); return
     try:
-        from c2c_nb.recipe import read_values
-        if method not in ('generate', 'options'): raise ValueError(f"--method is {method!r}; use 'generate' or 'options'")
-        values = read_values(args or [])
-        _check_fuser(fuser)
+        recipe = _eval_recipe(what, set, systems, args, message_tokens, dict(method=method, template=template, variant=variant, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, dtype=dtype, device=device)).check()
+        if len(what) == 3 and not (Path(what[0])/'projector_config.json').is_file(): _check_fuser(what[0])
         if main: print('Loading torch and transformers ...', file=sys.stderr, flush=True)
-        import torch, transformers
-        from c2c_nb.bench import default_template, make_benchmark, read_template
+        import datasets, transformers
+        from c2c_nb.evaluate import prepare, run_recipe
         transformers.utils.logging.disable_progress_bar()
-        asked, worded = make_benchmark(benchmark, values), read_template(template, variant) if template else default_template(variant)
-        asked.questions()                                        # what is wrong with the data comes before the models
-        from c2c_nb.baseline import make_systems
-        from c2c_nb.evaluate import evaluate
-        from c2c_nb.model import C2CModel
-        where = device or ('auto' if torch.cuda.is_available() else None)
-        c2c = C2CModel.from_pretrained(fuser, dtype=dtype, **(dict(device_map=where) if where else {}))
-        named = make_systems(c2c, systems, **(dict(message_tokens=message_tokens) if any('T2T' in s for s in systems) else {}))
-        found = evaluate(named, asked, out, worded, method, batch_size, max_new_tokens, max_errors, progress=not quiet)
+        if quiet: datasets.disable_progress_bars()
+        prepared = prepare(recipe)                               # what is wrong with the data comes before the models
+        if dry_run: print(prepared) if main else None; return
+        found = run_recipe(recipe, not quiet, prepared)
     except (OSError, ValueError, KeyError, ImportError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)
     except RuntimeError as e: print(f'c2c_evaluate: {e}', file=sys.stderr); raise SystemExit(1)
     except KeyboardInterrupt: print('\nc2c_evaluate: stopped; the same command goes on from here', file=sys.stderr); raise SystemExit(130)
     if not main: return
+    for note in recipe.notes: print(f'# {note}')
     print(found)
-    if {'receiver', 'C2C'} <= set(systems): print(found.compare('C2C', 'receiver').words('C2C', 'the receiver alone'))
-    print(f"records, summary and table: {out}")
+    for n, e in found.evaluations.items():
+        if {'receiver', 'C2C'} <= e.by.keys(): print(f"{f'{n}: ' if len(found.evaluations) > 1 else ''}{e.compare('C2C', 'receiver').words('C2C', 'the receiver alone')}")
+    print(f"records, summary and table: {recipe.output.folder}")
 
 # %% ../nbs/13_cli.ipynb #def-audit-arguments
 _arms_help = "what the fuser hears instead, such as zeros noise 'own cache'; if not given, everything that can be run"

@@ -142,7 +142,7 @@ def test_command(pair, golden, assets, tmp_path):
     done = shell(*args, cwd=golden)     # where its models are
     assert done.returncode == 0, done.stderr
     assert 'of 6' in done.stdout and 'the receiver alone' in done.stdout and len(read_records(tmp_path/'out')) == 12
-    for change, says in ((['--method', 'logits'], "'generate' or 'options'"), (['--max-new-tokens', '5'], 'another evaluation')):
+    for change, says in ((['--method', 'logits'], 'known are generate, options'), (['--max-new-tokens', '5'], 'another evaluation')):
         done = shell(*args, *change, cwd=golden)
         assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
         assert ('Loading' in done.stderr) == ('logits' not in change), 'what can be seen without torch is said without it'

@@ -113,7 +113,7 @@ def test_wheel_holds_the_package_only(tmp_path):
     info = f"{settings['lib_name']}-{settings['version']}.dist-info/"
     assert {n for n in names if not n.startswith(info)} == {f.as_posix() for f in repository_files() if f.parts[0] == lib}
     assert f'{info}entry_points.txt' in names and f'{info}licenses/LICENSE' in names
-    assert {n for n in names if n.endswith('.yaml')} == {f'{lib}/recipes/{name}.yaml' for name in ('mmlu', 'openhermes_300', 'openhermes_500k', 'tiny', 'toy')}
+    assert {n for n in names if n.endswith('.yaml')} == {f'{lib}/recipes/{name}.yaml' for name in ('embedded_pair', 'mmlu', 'openhermes_300', 'openhermes_500k', 'paper', 'tiny', 'toy')}
 
 
 def test_sdist_holds_what_the_wheel_is_made_from(tmp_path):

@@ -202,7 +202,7 @@ def test_official_in_yaml_is_the_same(tmp_path):
 def test_the_tree():
     assert {f.name for f in fields(TrainRecipe)} == {'kind', 'name', 'imports', 'model', 'finetune', 'data', 'training', 'validation', 'output', 'notes'}
     keys = recipe_keys()
-    assert keys['training.gates.noise'] == str | None and keys['validation.data.type'] is str and 'notes' not in keys and len(keys) == 78
+    assert keys['training.gates.noise'] == str | None and keys['validation.data.type'] is str and 'notes' not in keys and len(keys) == 80
     assert nearest('sed', ['seed']) == "did you mean 'seed'? Known are seed" and nearest('x', []) == 'there are none'
 
 
@@ -295,7 +295,8 @@ def recipes(draw):
     d = ours()
     for path, kind in recipe_keys().items():
         if path != 'kind' and draw(st.integers(0, 9)) < 3: d = changed(d, path, draw(values(kind)))
-    if 'data' in d.get('validation', {}): d['validation']['data'].setdefault('type', draw(text))
+    for part in 'data', 'benchmark':
+        if part in d.get('validation', {}): d['validation'][part].setdefault('type', draw(text))
     return recipe_from_dict(d)
 
 
@@ -313,7 +314,7 @@ def test_there_and_back(tmp_path, recipe):
 @settings(quick, max_examples=80)
 @given(st.data())
 def test_set_values_sets_this_and_nothing_else(data):
-    before = recipe_from_dict(ours(validation=dict(data=dict(type='Toy'))))
+    before = recipe_from_dict(ours(validation=dict(data=dict(type='Toy'), benchmark=dict(type='toy'))))
     path = data.draw(st.sampled_from([k for k in recipe_keys() if k != 'kind' and not k.startswith('finetune')]))
     value = data.draw(values(recipe_keys()[path]))
     after = set_values(before, [f'{path}={yaml.dump(value, Dumper=room._Dumper)}'])
@@ -381,11 +382,19 @@ def big(tmp_path): return set_values(read_recipe('openhermes_300'), [f'output.fo
     ('validation.share=1', 'validation.share is 1.0'), ('validation.every=0', 'validation.every'), ('validation.method=chose', "did you mean 'choices'"), ('validation.metric=acuracy', "did you mean 'accuracy'"), ('validation.metric=loss', 'nothing is held out'), ('validation.metric=accuracy,validation.data=', 'there are no questions'),
     ('validation.patience=0', 'validation.patience'), ('validation.patience=2,validation.every=', 'nothing to be patient about'), ('validation.patience=2,validation.data=', 'nothing can be measured'), ('output.keep_last=0', 'output.keep_last'), ('output.trackers=[wandbee]', "did you mean 'wandb'"), ('output.trackers=[swanlab]', 'pip install swanlab'),
     ('output.tracker_args={wandb: 3}', 'output.tracker_args.wandb is 3'), ('output.folder=', 'output.folder is None'), ('output.folder=""', 'output.folder is empty'), ('imports=[no_such_module_here]', 'imports: no_such_module_here cannot be imported .ModuleNotFoundError'), ('finetune.model=gpt2', 'exactly one of model'),
-    ('output.folder=/dev/null/x', '/dev/null is a file'), ('training.store=${NO_SUCH_VARIABLE}/x', 'training.store is .*NO_SUCH_VARIABLE is not set')])
+    ('validation.benchmark.type=openbookqa', 'are both given'), ('validation.data=,validation.benchmark.type=openbokqa', "validation.benchmark: .*did you mean 'openbookqa'"), ('validation.data=,validation.benchmark={type: gsm8k}', 'no options to choose from: set validation.method=answers'),
+    ('validation.data=,validation.benchmark={type: mmlu, args: {limt: 3}}', "did you mean 'limit'"), ('output.folder=/dev/null/x', '/dev/null is a file'), ('training.store=${NO_SUCH_VARIABLE}/x', 'training.store is .*NO_SUCH_VARIABLE is not set')])
 def test_check(toy, sealed, values, message):
     import re
     values = [v for v in re.split(r',(?=[a-z_]+\.[a-z_.]+=)', values)]
     with pytest.raises(ValueError, match='(?s)' + message): set_values(toy, values).check()
+
+
+def test_benchmark_as_validation(toy, sealed):
+    "Accuracy, patience and schedulers may follow a benchmark as they may follow questions of a data set."
+    for values in ['validation.benchmark={type: mmlu-redux}'], ['validation.benchmark={type: gsm8k}', 'validation.method=answers']:
+        r = set_values(toy, ['validation.data=', *values, 'validation.metric=accuracy', 'validation.patience=2'])
+        assert r.check() is r and recipe_from_dict(r.to_dict()) == r
 
 
 @pytest.mark.parametrize('name', ['mmlu', 'openhermes_300', 'openhermes_500k', 'tiny', 'toy'])
