@@ -624,7 +624,7 @@ def take_over(
     seed:int=0, # of the bootstrap
 )->TakeOver:
     "Count the sharer's errors, and who makes the same."
-    ids = [i for i, r in by[sharer].items() if not r['error'] and r['prediction'] is not None and not r['correct'] and all(i in by[k] for k in ('matched', 'mismatched', 'receiver'))]
+    ids = [i for i, r in sorted(by[sharer].items()) if not r['error'] and r['prediction'] is not None and not r['correct'] and all(i in by[k] for k in ('matched', 'mismatched', 'receiver'))]
     same = {k: [by[k][i]['prediction'] == by[sharer][i]['prediction'] for i in ids] for k in ('matched', 'mismatched', 'receiver')}
     pairs = [Contrast(k, 'matched', k, p := paired(same['matched'], same[k], seed), p.p) for k in ('mismatched', 'receiver')] if ids else []
     return TakeOver(sharer, len(ids), len(by[sharer]), {k: sum(v) for k, v in same.items()}, holm(pairs))
@@ -770,10 +770,11 @@ def __repr__(self:Audit):
 @patch
 def plot(self:Audit):# matplotlib figure
     "Accuracy of every arm; gain, content and presence; what was lost and won."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     names = list(self.marks)[::-1]
     colour = lambda n: COLOURS['C2C'] if n == 'matched' else COLOURS.get(n.split()[0], COLOURS['control'])
-    fig = Figure(figsize=(11, .32*len(names) + 1.8)); axs = fig.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    fig = plt.figure(figsize=(11, .32*len(names) + 1.8)); plt.close(fig)         # a notebook shows what is returned
+    axs = fig.subplots(1, 3, width_ratios=(1.3, 1, 1))
     for y, n in enumerate(names):
         mean, (low, high) = sum(self.marks[n])/len(self.ids), mean_interval(self.marks[n], seed=self.seed)
         axs[0].barh(y, mean, color=colour(n), xerr=[[max(0, mean - low)], [max(0, high - mean)]], ecolor='#444', capsize=2)

@@ -332,6 +332,10 @@ def test_errors_taken_over_are_counted():
     t = take_over(by)
     assert (t.n, t.of, t.same) == (45, 72, dict(matched=35, mismatched=5, receiver=5))
     assert [c.b for c in t.contrasts] == ['mismatched', 'receiver'] and all(c.better() and c.paired.only_a == 30 and c.paired.only_b == 0 for c in t.contrasts) and 'Errors are taken over' in t.words()
+    rng = random.Random(0)
+    few = {k: {f'q{i}': line(rng.choice('BCD' if k == 'sharer' else 'ABCD')) for i in range(7)} for k in by}
+    once = take_over(few)
+    assert all(take_over({k: {i: v[i] for i in random.Random(s).sample(list(v), 7)} for k, v in few.items()}) == once for s in range(8)), 'in whatever order the records were written'
     none = take_over({k: {i: line('A') for i in v} for k, v in by.items()})
     assert none.n == 0 and 'no wrong answer' in none.words()
     for i in by['mismatched']: by['mismatched'][i] = by['matched'][i]
@@ -399,6 +403,7 @@ def test_retrained(golden, assets, tmp_path):
     assert fuser.config.training == dict(steps=0, caches='mismatched')
     arms = make_arms(pair, ['retrained'], pool=ragged, retrained=tmp_path/'run')
     assert arms['retrained'].note == '' and arms['retrained'].c2c.fusers[0].fingerprint() == fuser.fingerprint() and arms['retrained'].encode(ragged[0]) == arms['mismatched'].encode(ragged[0]) != arms['matched'].encode(ragged[0])
+    assert task.fingerprints()['caches'] == 'mismatched'          # a run is not resumed as another one
     fuser.config.training = None
     assert 'does not say of itself' in make_arms(pair, ['retrained'], pool=ragged, retrained=fuser)['retrained'].note
     with pytest.raises(ValueError, match='very fuser'): make_arms(pair, ['retrained'], pool=ragged, retrained=pair.fusers[0])
