@@ -147,3 +147,73 @@ def test_command(pair, golden, assets, tmp_path):
         assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr
         assert ('Loading' in done.stderr) == ('logits' not in change), 'what can be seen without torch is said without it'
     assert "did you mean 'openbookqa'" in shell(str(tmp_path/'fuser'), 'openbokqa', 'x', '--quiet', cwd=tmp_path).stderr
+
+
+class Says(System):
+    "Says always the same; raises an error at the questions that it is told to."
+    name = 'says'
+    def __init__(self, text, fails=()): self.text, self.fails, self.asked = text, set(fails), 0
+    def describe(self): return dict(system='says', text=self.text)
+    def respond(self, prompts, options, max_new_tokens, questions, stages):
+        self.asked += len(prompts)
+        if any(i in q for q in questions for i in self.fails): raise ArithmeticError('out of memory, say')
+        return [Answer(self.text, tokens_out=1) for _ in prompts]
+
+
+def few(tmp_path, kind='text', answers=None):
+    file = tmp_path/'questions.jsonl'
+    file.write_text(''.join(json.dumps(dict(question=f'question number {i:02d}', answer=(answers or {}).get(i, 'yes'))) + '\n' for i in range(20)))
+    return make_benchmark('questions', dict(data_files=str(file), split='train', answers=kind))
+
+
+def test_an_error_is_not_for_ever(tmp_path):
+    "What raised an error is asked again, and only that; a start that failed leaves no wrong answers behind."
+    b, bad = few(tmp_path), Says('yes', [f'{i:02d}' for i in range(20)])
+    with pytest.raises(RuntimeError, match='every one of the first'): evaluate({'says': bad}, b, tmp_path/'e', batch_size=8, progress=False)
+    with pytest.raises(RuntimeError, match='more than the share'): evaluate({'says': Says('yes', ['07', '11'])}, b, tmp_path/'e', batch_size=8, progress=False)
+    good = Says('yes')
+    e = evaluate({'says': good}, b, tmp_path/'e', batch_size=8, progress=False)
+    assert e.count('says') == (20, 20) and good.asked == 2 and not any(r['error'] for r in e.records)
+
+
+@pytest.mark.parametrize('text', ['one\u2028two', 'a\x85b', '東京', 'x\x0cy\x1dz'])
+def test_any_characters_in_records(tmp_path, text):
+    "Line ends of other kinds in an answer, and a kill in the middle of a character."
+    b = few(tmp_path)
+    assert len(evaluate({'says': Says(text)}, b, tmp_path/'e', progress=False).records) == 20
+    file = tmp_path/'e'/'records-000.jsonl'
+    whole = file.read_bytes()
+    cut = whole.index(text.encode()[-1:], len(whole)*2//3) if text.encode()[-1] > 127 else len(whole)*2//3
+    file.write_bytes(whole[:cut])
+    e = evaluate({'says': Says(text)}, b, tmp_path/'e', progress=False)
+    assert len(e.records) == 20 and {r['text'] for r in e.records} == {text}
+
+
+def test_the_same_call_again(tmp_path):
+    "However its arguments are written, and wherever its file lies now."
+    b = few(tmp_path)
+    ask = lambda **kw: evaluate({'says': Says('yes')}, make_benchmark('questions', dict(split='train', answers='text') | kw), tmp_path/'e', progress=False)
+    ask(data_files=str(tmp_path/'questions.jsonl'), limit=(0, 10))
+    (tmp_path/'moved.jsonl').write_bytes((tmp_path/'questions.jsonl').read_bytes())
+    assert len(ask(data_files=str(tmp_path/'moved.jsonl'), limit=[0, 10]).records) == 10
+    with pytest.raises(FileExistsError, match='another evaluation'): ask(data_files=str(tmp_path/'moved.jsonl'), limit=[0, 12])
+
+
+@pytest.mark.parametrize('values, says', [(dict(batch_size=0), 'batch_size=0'), (dict(batch_size=-1), 'batch_size=-1'), (dict(max_new_tokens=0), 'max_new_tokens=0'), (dict(max_errors=7), 'max_errors=7'), (dict(max_errors=-.1), 'max_errors=-0.1')])
+def test_numbers_that_make_no_sense(tmp_path, values, says):
+    with pytest.raises(ValueError, match=says): evaluate({'says': Says('yes')}, few(tmp_path), tmp_path/'e', progress=False, **values)
+    assert not (tmp_path/'e').exists()
+
+
+def test_a_measure_is_not_lost(tmp_path):
+    "Where answers are graded between 0 and 1, tables and comparisons are of the measure."
+    class Half(Says):
+        def respond(self, *args): return [Answer(self.text, tokens_out=1) for _ in args[0]]
+    b = few(tmp_path)
+    grade = type(b).grade
+    class Graded(type(b)):
+        def grade(self, prediction, question): return .75 if prediction == 'good' else .25
+    g = Graded(data_files=b.data_files, split='train', answers='text')
+    e = evaluate({'a': Half('good'), 'b': Half('bad')}, g, tmp_path/'e', progress=False)
+    assert e.graded and e.rows()[0][2] == 'mean score' and [r[2] for r in e.rows()[1:]] == ['75.0 %', '25.0 %']
+    assert e.compare('a', 'b').difference == pytest.approx(.5) and e.compare('a', 'b').p < .01
