@@ -275,7 +275,7 @@ _eval_set_help = "values of the recipe to change, such as benchmarks.openbookqa.
 _EvalSettings = Param(_eval_set_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _eval_set_help, dict(action='extend', nargs='*')]
 _systems_help = "who is asked, such as receiver, sharer, T2T, C2C, 'T2T+C2C'; if not given, as the recipe says, or the first four"
 _Systems = Param(_systems_help, str, nargs='*', default=None) if Param else Annotated[str, _systems_help, dict(nargs='*')]
-_bench_args_help = "arguments of the benchmark, such as split=validation limit=200"
+_bench_args_help = "arguments of the benchmark, such as split=validation limit=200 (so many of each subject)"
 _BenchArgs = Param(_bench_args_help, str, action='extend', nargs='*', default=None) if Param else Annotated[str, _bench_args_help, dict(action='extend', nargs='*')]
 
 # %% ../nbs/13_cli.ipynb #def-eval-recipe
@@ -287,6 +287,7 @@ def _eval_recipe(what, values, systems, args, message_tokens, given):
     if len(what) == 1: recipe = read_recipe(what[0], EvalRecipe)
     else: recipe = recipe_from_dict(dict(model=dict(fusers=[what[0]]), benchmarks=what[1], output=dict(folder=what[2])), cls=EvalRecipe)
     d, notes = recipe.to_dict(), recipe.notes
+    if len(what) == 1 and Path(what[0]).is_dir(): d['output']['folder'] = what[0]      # an evaluation goes on where it lies
     for k in given:
         if given[k] is not None: (d['model'] if k in ('dtype', 'device') else d)[k] = given[k]
     if systems: d['systems'] = {n: d['systems'].get(n, {}) for n in systems}
@@ -346,6 +347,8 @@ def c2c_evaluate(
 # %% ../nbs/13_cli.ipynb #def-audit-arguments
 _arms_help = "what the fuser hears instead, such as zeros noise 'own cache'; if not given, everything that can be run"
 _ArmNames = Param(_arms_help, str, nargs='*', default=None) if Param else Annotated[str, _arms_help, dict(nargs='*')]
+_imports_help = "modules, or .py files, to import first, such as one with an arm or a benchmark of your own"
+_Imports = Param(_imports_help, str, nargs='*', default=None) if Param else Annotated[str, _imports_help, dict(nargs='*')]
 
 # %% ../nbs/13_cli.ipynb #def-check-out
 def _check_out(
@@ -373,6 +376,7 @@ def c2c_audit(
     max_errors:float=.01, # share of questions that may raise an error
     gold:str='any', # which other question is heard: 'any', or one with an 'other' right answer
     seed:int=0, # of everything that is drawn
+    imports:_Imports=None,
     dtype:str='auto', # of the models
     device:str=None, # a device, or 'auto' to spread the models over all; if not given, the GPU where there is one
     quiet:store_true=False, # no progress bar
@@ -380,7 +384,7 @@ def c2c_audit(
     "Find out whether it is the content of the sharer's cache that helps."
     refuse, main = lambda message: _refuse(message, 'c2c_audit'), os.environ.get('RANK', '0') == '0'
     try:
-        from c2c_nb.recipe import read_values
+        from c2c_nb.recipe import import_modules, read_values
         if method not in (None, 'generate', 'options'): raise ValueError(f"--method is {method!r}; use 'generate' or 'options'")
         if batch_size < 1: raise ValueError(f"--batch_size is {batch_size}; use 1 or more")
         if not 0 <= max_errors < 1: raise ValueError(f"--max_errors is {max_errors:g}; it is a share, at least 0 and below 1")
@@ -393,6 +397,7 @@ def c2c_audit(
         from c2c_nb.audit import audit
         from c2c_nb.bench import default_template, make_benchmark, read_template
         transformers.utils.logging.disable_progress_bar()
+        import_modules(imports or [])
         check_arms(arms)
         if retrained: check_retrained(fuser, retrained)
         asked, worded = make_benchmark(benchmark, values), read_template(template, variant) if template else default_template(variant)
@@ -402,7 +407,7 @@ def c2c_audit(
         where = device or str(_processes().device)
         c2c = C2CModel.from_pretrained(fuser, dtype=dtype, **({} if where == 'cpu' else dict(device_map=where)))
         found = audit(c2c, asked, out, arms, retrained=retrained, template=worded, method=method, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, gold=gold, seed=seed, progress=not quiet)
-    except (OSError, ValueError, KeyError, ImportError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)
+    except (OSError, ValueError, KeyError, ImportError, AssertionError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)     # torch asserts that it has been built for a device
     except RuntimeError as e: print(f'c2c_audit: {e}', file=sys.stderr); raise SystemExit(1)
     except KeyboardInterrupt: print('\nc2c_audit: stopped; the same command goes on from here', file=sys.stderr); raise SystemExit(130)
     if not main: return

@@ -175,8 +175,10 @@ def evaluate(
     found = Evaluation(folder, list(systems), report=repr(report), about=_about(systems, recipe))
     found.check(len(questions), max_errors)
     if state.is_main_process:
-        found.save()
-        if figures: found.save_figures()
+        everyone = json.loads((folder/'evaluation.json').read_text())['systems']
+        whole = Evaluation(folder, [n for n in everyone if n in systems or sum(r['system'] == n for r in read_records(folder)) == len(questions)], found.report, found.about)     # also those that were asked before
+        whole.save()
+        if figures: whole.save_figures()
     return found
 
 # %% ../nbs/09_evaluate.ipynb #def-ask-batch
@@ -190,7 +192,6 @@ def _ask(system, name, benchmark, questions, prompts, method, limit):
             for q, a, o in zip(qs, answers, options): a.scores = {l: a.scores[x] for l, x in zip(q.labels, o)}
         return [_record(name, benchmark, q, p, a, method) for q, p, a in zip(qs, asked, answers)]
     try: return batch(questions)
-    except KeyboardInterrupt: raise
     except Exception as e:
         if len(questions) == 1: return [_failed(name, questions[0], prompts[questions[0].id], e)]
     return [r for q in questions for r in _ask(system, name, benchmark, [q], prompts, method, limit)]
@@ -299,12 +300,13 @@ def by_subject(self:Evaluation,
 @patch
 def save(self:Evaluation):
     "Write `summary.json` and `table.md` beside the records."
-    about, fusers = {k: v for k, v in self.about.items() if k != 'fusers'}, self.about.get('fusers', {})
+    about, fusers, file = {k: v for k, v in self.about.items() if k != 'fusers'}, self.about.get('fusers', {}), self.folder/'summary.json'
+    before = json.loads(file.read_text())['systems'] if file.exists() else {}
     def of(n):
         (right, asked), rows = self.count(n), self.by[n].values()
-        return dict(right=right, asked=asked, accuracy=right/asked, interval=interval(right, asked), score=statistics.mean(r['score'] for r in rows), errors=sum(r['error'] is not None for r in rows), seconds=self.seconds(n), fusers=fusers.get(n, []))
+        return dict(right=right, asked=asked, accuracy=right/asked, interval=interval(right, asked), score=statistics.mean(r['score'] for r in rows), errors=sum(r['error'] is not None for r in rows), seconds=self.seconds(n), fusers=fusers.get(n, before.get(n, {}).get('fusers', [])))
     summary = about | dict(systems={n: of(n) for n in self.systems}, evaluation=json.loads((self.folder/'evaluation.json').read_text()), report=self.report)
-    replace_file(self.folder/'summary.json', json.dumps(summary, indent=1, default=str))
+    replace_file(file, json.dumps(summary, indent=1, default=str))
     replace_file(self.folder/'table.md', self._repr_markdown_() + '\n')
 
 # %% ../nbs/09_evaluate.ipynb #def-colour

@@ -142,7 +142,7 @@ class ValidationRecipe:
     method:str = 'choices' # 'choices': which option is likeliest; 'answers': written and compared
     limit:int|None = 500 # questions at most; None: all
     batch_size:int = 16 # questions at once
-    max_new_tokens:int = 32 # of a written answer
+    max_new_tokens:int|None = None # of a written answer; None: 32, or as the benchmark says
     metric:str|None = None # what the best checkpoint is best in: 'accuracy' or 'loss'; None: accuracy where there are questions
     patience:int|None = None # stop after so many looks without a better one; None: never
 

@@ -411,7 +411,7 @@ class Ban(LogitsProcessor):
 
 @pytest.mark.parametrize('name', ways)
 @pytest.mark.parametrize('kw', [dict(do_sample=True, top_p=.9, temperature=1.5), dict(num_beams=3), dict(num_beams=3, num_return_sequences=2, length_penalty=.5), dict(do_sample=True, num_return_sequences=3),
-    dict(num_beams=2, do_sample=True), dict(repetition_penalty=1.5, no_repeat_ngram_size=2), dict(logits_processor=LogitsProcessorList([Ban()])), dict(min_new_tokens=4, eos_token_id=7, max_new_tokens=8)], ids=str)
+    dict(num_beams=2, do_sample=True), dict(repetition_penalty=1.5, no_repeat_ngram_size=2), dict(logits_processor=LogitsProcessorList([Ban()])), dict(min_new_tokens=4, eos_token_id=7, max_new_tokens=8)], ids=lambda kw: ' '.join(kw))
 def test_ways_to_generate(name, kw):
     copies = max(kw.get('num_beams', 1), kw.get('num_return_sequences', 1))
     for rows in 1, 2:
