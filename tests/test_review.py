@@ -66,7 +66,7 @@ def test_the_next_step_is_planned_before_validation(tmp_path, monkeypatch):
     seen, plain, asked = [], Trainer._bites, Trainer._held_out_loss
     def slow(self, step):
         time.sleep(.2)
-        out = plain(self, step); seen.append([p.gates for (p, _), _, _ in out]); return out
+        out = plain(self, step); seen.append([p.gates for (p, *_), _, _ in out]); return out
     def long(self): time.sleep(.6); return asked(self)
     monkeypatch.setattr(Trainer, '_bites', slow); monkeypatch.setattr(Trainer, '_held_out_loss', long)
     run(recipe(tmp_path/'run', 'training.steps=3', 'validation.every=1', 'validation.share=0.3'))
@@ -98,7 +98,7 @@ def test_the_recipe_decides_not_the_launcher(tmp_path):
     plain = losses(tmp_path/'a')
     assert len(plain) == 2 and isinstance(plain, list)
     assert losses(tmp_path/'b', ACCELERATE_MIXED_PRECISION='bf16', ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4') == plain
-    assert 'which cannot be done here' in losses(tmp_path/'c', ACCELERATE_USE_FSDP='true')
+    assert 'which does not fit this loop' in losses(tmp_path/'c', ACCELERATE_USE_FSDP='true')
 
 
 def test_closed_for_ever_is_refused(tmp_path):
