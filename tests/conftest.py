@@ -1,5 +1,5 @@
 "What every test shares: one thread, no network, the folder of shared data, and copies of the repository."
-import os, shutil, subprocess, sys
+import copy, os, shutil, subprocess, sys
 from pathlib import Path
 
 for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE', 'HF_DATASETS_OFFLINE'): os.environ[name] = '1'
@@ -59,6 +59,16 @@ def copy_repository(to:Path) -> Path:
         (to/file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root/file, to/file)
     return to
+
+
+def changed(d, path, value):
+    "A copy of nested mappings with another value at a path such as 'training.steps'."
+    d = copy.deepcopy(d)
+    *before, last = path.split('.')
+    here = d
+    for part in before: here = here.setdefault(part, {})
+    here[last] = value
+    return d
 
 
 def run_python(code:str, cwd:Path, timeout:int=600, **env) -> subprocess.CompletedProcess:

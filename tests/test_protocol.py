@@ -7,7 +7,7 @@ import pytest, torch, yaml
 from transformers import AutoModelForCausalLM
 
 import tiny_train
-from conftest import root, run_python
+from conftest import changed, root, run_python
 from c2c_nb import evaluate as rooms, recipe as room
 from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.baseline import Alone, System, WorldPrompts, make_systems, register_system
@@ -24,15 +24,6 @@ from c2c_nb.train import ask, load_questions_of
 
 def made(d, where=''): return recipe_from_dict(d, where, EvalRecipe)
 def ours(**changes): return dict(model=dict(fusers=['a/fuser']), benchmarks='openbookqa', output=dict(folder='results/x')) | changes
-
-
-def changed(d, path, value):
-    d = copy.deepcopy(d)
-    *before, last = path.split('.')
-    here = d
-    for part in before: here = here.setdefault(part, {})
-    here[last] = value
-    return d
 
 
 def at(recipe, path):

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest, torch, transformers, yaml
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from conftest import run_python, root
+from conftest import changed, run_python, root
 from c2c_nb import recipe as room
 from c2c_nb.recipe import (DataRecipe, FinetuneRecipe, ModelRecipe, OutputRecipe, ProjectorRecipe, TrainRecipe, TrainingRecipe, ValidationRecipe, accumulation, describe, differences, is_official,
                            learning_rates, make_scheduler, nearest, official_keys, official_lora, read_recipe, recipe_from_dict, recipe_keys, set_values, shipped_recipes, steps)
@@ -36,15 +36,6 @@ official = {
     'data': {'type': 'OpenHermesChatDataset', 'kwargs': {'num_samples': 12}, 'train_ratio': .8},
 }
 baseline = {'model': {'baseline_model': 'a/model'}, **{k: official[k] for k in ('output', 'data')}, 'training': {k: v for k, v in official['training'].items() if k != 'freeze'}}
-
-
-def changed(d, path, value):
-    d = copy.deepcopy(d)
-    *before, last = path.split('.')
-    here = d
-    for part in before: here = here.setdefault(part, {})
-    here[last] = value
-    return d
 
 
 aligned = changed(official, 'model.is_do_alignment', True)
