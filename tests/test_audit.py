@@ -491,3 +491,27 @@ def test_command(pair, golden, assets, tmp_path, monkeypatch, capsys):
         assert e.value.code == 2 and says in err and ('Loading' in err) != early, err
     settings = (root/'settings.ini').read_text()
     assert 'c2c_audit=c2c_nb.cli:c2c_audit' in settings
+
+
+@pytest.mark.parametrize('arm', ['zeros', 'noise', 'own cache', 'random weights'])
+def test_a_gain_that_needs_no_content(arm):
+    "A wrong cache misleads, but none at all does as well as the right one: then it is not the content that helps."
+    marks = lambda **right: {k.replace('_', ' '): [i < n for i in range(400)] for k, n in right.items()}
+    found = contrasts(marks(receiver=160, matched=240, mismatched=165) | {arm: [i < 241 for i in range(400)]}, draws=99)
+    assert judge(found).kind == 'heard, not needed' and arm in judge(found).headline
+    assert judge(contrasts(marks(receiver=160, matched=240, mismatched=165) | {arm: [i < 165 for i in range(400)]}, draws=99)).kind == 'content'
+
+
+def test_the_control_is_validated_as_it_is_trained(pair, tmp_path):
+    "With other questions' caches, also where questions are asked."
+    recipe = set_values(read_recipe('toy'), ['model.world=null', 'model.receiver=r', 'model.sharers=[s]', 'validation.data=null', f'output.folder={tmp_path}/run'])
+    from c2c_nb.task import FuserTask
+    prompts, said = ['The old dog sees the moon', 'A green tree and the cat sing', 'The blue sun sees an old cat'], []
+    for kind in FuserTask, MismatchedTask:
+        task = kind(recipe, [pair.receiver, pair.sharers[0]], pair.processor)
+        task.load()
+        batch = task.read(prompts)
+        said.append(batch)
+    assert torch.equal(said[0]['input_ids'], said[1]['input_ids'])
+    theirs = [b['input_ids'] if b['sharer_input_ids'][0] is None else b['sharer_input_ids'][0] for b in said]
+    assert not torch.equal(*theirs)
