@@ -18,7 +18,7 @@ from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 from c2c_nb.protocol import EvalRecipe
 from c2c_nb.recipe import read_recipe, recipe_from_dict, set_values
-from c2c_nb.toy import build_models, connect, get_world, pretrain
+from c2c_nb.toy import connect, get_world, pretrain
 from c2c_nb.trio import team
 from test_trio import TinyTrio
 from tiny import fuser_for, tiny
@@ -605,13 +605,9 @@ def test_several_sharers_by_recipe(golden, base, tmp_path):
 def test_embedded_world_by_recipe(name, tmp_path, monkeypatch):
     "An embedded pair, and a receiver with two sharers, of which one has a tokenizer of its own: their models are made, not loaded."
     world = get_world(name)
-    if name == 'tiny':                                            # which is made by children, who have to find it
-        monkeypatch.setenv('PYTHONPATH', str(root/'tests'))
-        c2c = connect(world, *build_models(world, progress=False))
-    else:
-        models = {role: pretrain(world, role)[0].requires_grad_(False) for role in world.roles}
-        monkeypatch.setattr('c2c_nb.evaluate.build_models', lambda world: list(models.values()))
-        c2c = team(world, models, *world.roles[1:])
+    models = {role: pretrain(world, role)[0].requires_grad_(False) for role in world.roles}
+    monkeypatch.setattr('c2c_nb.evaluate.build_models', lambda world: list(models.values()))     # a few steps, here instead of in children
+    c2c = connect(world, *models.values()) if name == 'tiny' else team(world, models, *world.roles[1:])
     folders = [str(tmp_path/f'f{j}') for j in range(len(c2c.fusers))]
     for f, folder in zip(c2c.fusers, folders): f.save_pretrained(folder)
     r = set_values(read_recipe('embedded_pair', EvalRecipe), [f'model.world={name}', f'model.fusers={json.dumps(folders)}', f'benchmarks.toy={{world: {name}, limit: 3}}', f'output.folder={tmp_path}/out'])
