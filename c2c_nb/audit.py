@@ -21,7 +21,7 @@ from .arms import check_arms, make_arms
 from .baseline import make_systems
 from .bench import Benchmark, Template, default_template
 from .checkpoint import replace_file
-from .evaluate import Evaluation, _prompt, evaluate
+from .evaluate import Evaluation, evaluate, prompts_of
 from .fuser import Fuser
 from .hub import markdown_table
 from .model import C2CModel
@@ -367,6 +367,7 @@ def audit(
     method:str|None=None, # 'options' for the likeliest label, 'generate' to let the model write; None: 'options' where all questions have labels
     batch_size:int=16, # questions at once
     max_new_tokens:int|None=None, # of an answer; None: as the benchmark says
+    max_length:int|None=None, # tokens of a question's turn, for the receiver; longer ones lose their middle; None: as they are
     max_errors:float=.01, # share of questions that may raise an error
     gold:str='any', # which other question is heard: 'any', or only one with an 'other' right answer
     seed:int=0, # of everything that is drawn
@@ -380,10 +381,11 @@ def audit(
     template = template or default_template()
     questions, _ = benchmark.questions()
     if method is None: method = 'options' if all(q.labels for q in questions) else 'generate'
-    prompts = [_prompt(template, q, method) for q in questions]
+    tokenizer = (processor or c2c.processor).receiver_tokenizer
+    prompts = list(prompts_of(template, questions, method, max_length, tokenizer)[0].values())
     if len({json.dumps(p) for p in prompts}) < 2: raise ValueError(f"{benchmark.name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
     made = make_arms(c2c, arms, processor, prompts, golds=[q.gold for q in questions], gold=gold, seed=seed, retrained=retrained, generation=generation, template_kwargs=template_kwargs)
-    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_errors, progress)
+    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_length, tokenizer, max_errors, progress)
     out = Audit(found, made.about, made.left_out, seed=seed, share=share)
     if PartialState().is_main_process: out.save()
     return out
