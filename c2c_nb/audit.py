@@ -21,7 +21,7 @@ from .arms import check_arms, check_retrained, make_arms, retrained_folder
 from .baseline import make_systems
 from .bench import Benchmark, Template, default_template
 from .checkpoint import replace_file
-from .evaluate import Evaluation, Prepared, _identity, _prompt, evaluate, load_models, prepare
+from .evaluate import Evaluation, Prepared, _identity, evaluate, load_models, prepare, prompts_of
 from .fuser import Fuser
 from .hub import markdown_table
 from .model import C2CModel
@@ -362,10 +362,10 @@ def save(self:Audit,
     replace_file(folder/'audit.png', lambda part: self.plot().savefig(part, format='png', dpi=120))
 
 # %% ../nbs/10_audit.ipynb #def-asked-of
-def _asked(name, questions, template, method, gold):
+def _asked(name, questions, template, method, gold, max_length=None, tokenizer=None):
     "All prompts, among which another one is found for each. Raises `ValueError` where there is none."
     if gold not in ('any', 'other'): raise ValueError(f"gold={gold!r} was given; use 'any' other question, or only those with an 'other' right answer")
-    prompts = [_prompt(template, q, method) for q in questions]
+    prompts = list(prompts_of(template, questions, method, max_length, tokenizer)[0].values())
     if len({json.dumps(p) for p in prompts}) < 2: raise ValueError(f"{name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
     if gold == 'other' and len({json.dumps(q.gold) for q in questions}) < 2: raise ValueError(f"{name}: all questions have the same right answer here, so there is none to hear with gold='other': ask more, or take gold='any'")
     return prompts
@@ -384,6 +384,7 @@ def audit(
     method:str|None=None, # 'options' for the likeliest label, 'generate' to let the model write; None: 'options' where all questions have labels
     batch_size:int=16, # questions at once
     max_new_tokens:int|None=None, # of an answer; None: as the benchmark says
+    max_length:int|None=None, # tokens of a question's turn, for the receiver; longer ones lose their middle; None: as they are
     max_errors:float=.01, # share of questions that may raise an error
     gold:str='any', # which other question is heard: 'any', or only one with an 'other' right answer
     seed:int=0, # of everything that is drawn
@@ -398,9 +399,10 @@ def audit(
     template = template or default_template()
     questions, _ = benchmark.questions()
     method = method or _likeliest(questions)
-    prompts = _asked(benchmark.name, questions, template, method, gold)
+    tokenizer = (processor or c2c.processor).receiver_tokenizer
+    prompts = _asked(benchmark.name, questions, template, method, gold, max_length, tokenizer)
     made = make_arms(c2c, arms, processor, prompts, golds=[q.gold for q in questions], gold=gold, seed=seed, retrained=retrained, generation=generation, template_kwargs=template_kwargs)
-    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_errors, progress, recipe)
+    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_length, tokenizer, max_errors, progress, recipe)
     out = Audit(found, made.about, made.left_out, seed=seed, share=share)
     if PartialState().is_main_process: out.save()
     return out
@@ -426,16 +428,16 @@ def _other_than_audit(file):
     return 'matched' not in json.loads(file.read_text())['systems']
 
 def _check_there(done):
-    "Is there nothing, or this audit? Models and seeds are compared by `evaluate`, who knows them. Raises `FileExistsError`."
+    "Is there nothing, or this audit? Models, tokenizers and seeds are compared by `evaluate`, which knows them. Raises `FileExistsError`."
     r = done.recipe
     for n, folder in done.folders.items():
         file = folder/'evaluation.json'
         if not file.is_file():
             if folder.is_dir() and any(folder.iterdir()): raise FileExistsError(f"{folder} holds something else than an audit: choose another output.folder")
             continue
-        now = json.loads(json.dumps(_identity({}, done.benchmarks[n], done.questions[n][0], done.template, r.method, r.max_new_tokens), default=str))
+        now = json.loads(json.dumps(_identity({}, done.benchmarks[n], done.questions[n][0], done.template, r.method, r.max_new_tokens, None, None) | dict(max_length=r.max_length), default=str))
         there = json.loads(file.read_text())
-        if not _other_than_audit(file) and (differ := sorted(k for k in now if k != 'systems' and there.get(k) != now[k])): raise FileExistsError(f"{folder} holds another audit, nothing was changed; what differs: {', '.join(differ)}. Choose another output.folder")
+        if not _other_than_audit(file) and (differ := sorted(k for k in now if k not in ('systems', 'counted_by', 'task') and there.get(k) != now[k])): raise FileExistsError(f"{folder} holds another audit, nothing was changed; what differs: {', '.join(differ)}. Choose another output.folder")
     root = Path(r.output.folder)
     for file in [root/'evaluation.json', *root.glob('*/evaluation.json')]:
         if file.is_file() and _other_than_audit(file): raise FileExistsError(f"{file.parent} holds an evaluation that is no audit: choose another output.folder")
@@ -517,11 +519,11 @@ def audit_recipe(
     _check_share(share)
     done = prepared or prepare_audit(recipe, arms, retrained, gold, choose)
     r, found = done.recipe, {}
-    c2c = load_models(r.model)
+    c2c = load_models(r.model, chats=done.template.chat and any(not q.plain for questions, _ in done.questions.values() for q in questions))
     with torch.random.fork_rng():
         for n, folder in done.folders.items():
             torch.manual_seed(r.seed)
-            found[n] = audit(c2c, done.benchmarks[n], folder, done.arms, None, done.retrained or None, done.template, r.method, r.batch_size, r.max_new_tokens, r.max_errors, done.gold, r.seed, share,
+            found[n] = audit(c2c, done.benchmarks[n], folder, done.arms, None, done.retrained or None, done.template, r.method, r.batch_size, r.max_new_tokens, r.max_length, r.max_errors, done.gold, r.seed, share,
                 r.model.generation or None, r.model.template_kwargs or None, progress, done.given)
             if len(done.folders) > 1 and PartialState().is_main_process: Audits(done.given, dict(found)).save(r.output.folder)
     return Audits(done.given, found)

@@ -244,24 +244,27 @@ def score_options(
     model:PreTrainedModel, # that reads on
     prefix:Prefix, # what it has read
     options:list[list[list[int]]], # for each row, the ids of each option
-)->list[list[float]]: # for each row, the log-probability of each option
-    "Sum of the log-probabilities of every option's tokens."
-    device, reads = prefix.ids.device, [(i, p) for i, row in enumerate(options) for p in dict.fromkeys(tuple(o[:-1]) for o in row)]
-    width = 1 + max(len(p) for _, p in reads)
-    found = {}
-    for start in range(0, len(reads), n := max(1, CHUNK//width)):
-        part = reads[start:start+n]
-        wide, rows = 1 + max(len(p) for _, p in part), torch.tensor([i for i, _ in part], device=device)
+    dtype:torch.dtype|None=torch.float32, # of the softmax; None: the logits'
+)->list[list[tuple[float, bool]]]: # for each row and option its log-probability, and is it what greedy decoding would write?
+    "What a model thinks of options. Those that differ in their last token only are read once."
+    device, reads, out = prefix.ids.device, {}, [[None]*len(row) for row in options]
+    for i, row in enumerate(options):
+        for k, ids in enumerate(row): reads.setdefault((i, tuple(ids[:-1])), []).append(k)
+    reads = list(reads.items())
+    n = max(1, CHUNK//(1 + max(len(p) for (_, p), _ in reads)))
+    for part in (reads[at:at+n] for at in range(0, len(reads), n)):
+        wide, rows = 1 + max(len(p) for (_, p), _ in part), torch.tensor([i for (i, _), _ in part], device=device)
         fill = lambda lists: torch.tensor([list(x) + [0]*(wide - 1 - len(x)) for x in lists], dtype=torch.long, device=device).view(len(part), wide - 1)
         cache = clone_cache(prefix.cache)
-        if len(part) != len(prefix.ids) or rows.tolist() != list(range(len(part))): cache.reorder_cache(rows)
-        ids, real = torch.cat([prefix.ids[rows, -1:], fill(p for _, p in part)], 1), fill([1]*len(p) for _, p in part)
+        if rows.tolist() != list(range(len(prefix.ids))): cache.reorder_cache(rows)
+        ids, real = torch.cat([prefix.ids[rows, -1:], fill(p for (_, p), _ in part)], 1), fill([1]*len(p) for (_, p), _ in part)
         mask = None if prefix.mask is None and bool(real.all()) else torch.cat([(torch.ones_like(prefix.ids) if prefix.mask is None else prefix.mask)[rows], real], 1)
-        logits = _read(model, ids, mask, prefix.position_ids[rows, -1:] + torch.arange(wide, device=device), cache, logits=wide).float()
-        logits = logits - logits.logsumexp(-1, keepdim=True)
-        for read, row in zip(part, logits): found[read] = row    # (wide, vocabulary)
-    total = lambda i, o: found[i, tuple(o[:-1])][torch.arange(len(o), device=device), torch.tensor(o, device=device)].cpu().double().sum()
-    return [torch.stack([total(i, o) for o in row]).tolist() for i, row in enumerate(options)]
+        logp = _read(model, ids, mask, prefix.position_ids[rows, -1:] + torch.arange(wide, device=device), cache, logits=wide).log_softmax(-1, dtype)
+        for ((i, _), ks), row, best in zip(part, logp, logp.argmax(-1)):
+            for k in ks:
+                said = torch.tensor(options[i][k], device=device)
+                out[i][k] = float(row[:len(said)].gather(-1, said[:, None]).sum()), bool((best[:len(said)] == said).all())
+    return out
 
 # %% ../nbs/08_baseline.ipynb #def-respond
 @patch
@@ -293,7 +296,7 @@ def respond(self:Reader,
 @patch
 def score(self:Reader, batch, prompts, options, ids):
     "Log-probability of every option of every row."
-    return score_options(self.receiver, self.prefill(batch), ids)
+    return [[p for p, _ in row] for row in score_options(self.receiver, self.prefill(batch), ids)]
 
 # %% ../nbs/08_baseline.ipynb #def-alone
 class Alone(Reader):

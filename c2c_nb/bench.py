@@ -645,6 +645,7 @@ class Template:
     wordings:dict # 'choice', 'gsm8k', 'longbench/hotpotqa' … -> `Wording`
     variant:str='plain' # which one it is
     name:str='c2c_nb' # where it is from
+    chat:bool=True # as chats; False: as plain texts
 
 # %% ../nbs/07d_bench.ipynb #def-template-wording
 @patch
@@ -676,10 +677,11 @@ def reply(self:Template, question:Question)->str:
 def render(self:Template,
     question:Question, # to be put
     examples:list=(), # questions that are put first, with their answers
-)->list|str: # a chat that ends with the question; a text for plain questions
+)->list|str: # a chat that ends with the question; a text for plain questions, or where the template says so
     "The prompt of a question."
     w = self.wording(question)
     if question.plain: return '\n'.join([*(f'{self.fill(e, w.user)} {self.reply(e)}' for e in examples), self.fill(question, w.user)])
+    if not self.chat: return '\n\n'.join([*([self.fill(question, w.system)] if w.system else []), *(f'{self.fill(e, self.wording(e).user)} {self.reply(e)}' for e in examples), self.fill(question, w.user)])
     chat = [dict(role='system', content=self.fill(question, w.system))] if w.system else []
     for e in examples: chat += [dict(role='user', content=self.fill(e, self.wording(e).user)), dict(role='assistant', content=self.reply(e))]
     return [*chat, dict(role='user', content=self.fill(question, w.user))]

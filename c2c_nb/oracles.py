@@ -164,7 +164,7 @@ def layer_enrichment(
     def make(chosen): new = copy.copy(whole); new.layers, new.name = sorted(chosen), _layers_name(chosen, layers); return new
     systems = {'receiver': Alone(model, tokenizer, **kwargs), 'few-shot': few(model, tokenizer, examples, 'few-shot', shot, **kwargs)}
     systems |= {s.name: s for s in map(make, [[], *([i] for i in layers), layers])}
-    ask = lambda: evaluate(systems, benchmark, folder, template, method, batch_size, max_new_tokens, 0., progress, figures=False)
+    ask = lambda: evaluate(systems, benchmark, folder, template, method, batch_size, max_new_tokens, max_errors=0., progress=progress, figures=False)
     first = ask()
     alone = {i: np.mean([MEASURES[measure](first.by[_layers_name([i], layers)][q]) for q in choice]) for i in layers}
     ranking = sorted(layers, key=lambda i: (-alone[i], i))

@@ -66,8 +66,10 @@ class EvalRecipe(AnyRecipe):
     template:str|None = None # a file that words the prompts; None: our own words
     variant:str|None = None # which wording of it; None: 'plain'
     method:str = 'generate' # 'generate', or 'options' for the likeliest label
+    chat:bool = True # put questions as chats; false: as plain texts, for models without a chat template
     cue:str|None = None # what an answer begins with where options are scored; None: as the template says
     max_new_tokens:int|None = None # of an answer; None: as the benchmark says
+    max_length:int|None = None # tokens of a question's turn, for the receiver; longer ones lose their middle; None: as they are
     batch_size:int = 16 # questions at once
     max_errors:float = .01 # share of questions that may raise an error
     seed:int = 0 # of torch, for systems that draw
@@ -99,7 +101,7 @@ official_eval_keys = {
     'model.background_prompt': OfficialKey('systems.T2T.prompts.ask', note='for two_stage and two_stage_rosetta'),
     'model.rosetta_checkpoint_dir': OfficialKey('model.fusers', note='for two_stage_rosetta'),
     'model.rosetta_subfolder': OfficialKey('model.fusers', 'final', note='for two_stage_rosetta: in rosetta_checkpoint_dir'),
-    'model.max_length': OfficialKey(None, note='prompts are not cut; a question too long for a model is an error on record'),
+    'model.max_length': OfficialKey('max_length', note='of all benchmarks; there LongBench alone is cut'),
     'eval.dataset': OfficialKey('benchmarks', 'mmlu-redux', note='benchmarks are known by their official names too; faulty questions are treated as there'),
     'eval.checkpoints_dir': OfficialKey('model.fusers', note='where rosetta_config does not say'),
     'eval.answer_method': OfficialKey('method', values={'generate': 'generate', 'logits': 'options'}),
@@ -172,6 +174,7 @@ def _from_official(d):
     kind = {'two_stage': 'T2T', 'two_stage_rosetta': 'T2T+C2C'}.get(name, 'C2C' if 'rosetta' in name.lower() else 'receiver')
     ours = dict(model=_official_models(kind, take, need), method=word('eval.answer_method'), output=dict(folder=need('output.output_dir')))
 
+    ours['max_length'] = take('model.max_length')
     settings = {}
     if 'T2T' in kind:
         settings = dict(message_tokens=take('eval.communication_max_new_tokens')) | (dict(prompts=dict(ask=ask)) if (ask := take('model.background_prompt')) else {})
@@ -214,7 +217,7 @@ HEARD = ('sharer', 'T2T', 'routing') # systems that need a sharer
 
 # %% ../nbs/08d_protocol.ipynb #pr-ranges
 _ranges = {
-    '1 or more': (lambda x: x >= 1, 'batch_size max_new_tokens'),
+    '1 or more': (lambda x: x >= 1, 'batch_size max_new_tokens max_length'),
     '0 or more': (lambda x: x >= 0, 'seed'),
     'from 0 to 1': (lambda x: 0 <= x <= 1, 'max_errors'),
 }

@@ -7,6 +7,7 @@ __all__ = ['Task', 'Source', 'sources', 'empty_model', 'saved_bytes', 'memory', 
            'Objective', 'FuserTask', 'dynamic_weights', 'fuser_folders']
 
 # %% ../nbs/06g_task.ipynb #task-imports
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,7 @@ class FuserTask(Task):
             else: fusers = [Fuser.from_models(models[0], s, m.projector.type, m.layer_map, m.key_space, self.processor.receiver_tokenizer, None if strategy == 'shared' else t, m.receiver_revision, rev, strategy, **_projector_args(r))
                 for s, t, rev, strategy in zip(models[1:], self.processor.sharer_tokenizers, m.sharer_revisions or [None]*len(models), self.processor.strategies)]
         self.sharded = m.shard and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        if m.shard and not self.sharded: warnings.warn('model.shard is true, but there is one process, so nothing is spread: start it with accelerate launch --num_processes N')
         home = 'cpu' if self.sharded else device                 # a model that is to be spread may not fit on the device whole
         self.c2c = C2CModel(models[0].to(home), [s.to(home) for s in models[1:]], [f.float().to(home) for f in fusers], m.fusion, m.follow_response, self.processor)
         self.c2c.receiver.requires_grad_(self.learns_receiver)

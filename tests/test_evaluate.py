@@ -44,8 +44,7 @@ def test_real_benchmark_counts_what_it_leaves_out(pair, assets, tmp_path):
     assert e.count('receiver')[1] == len(asked) == report.kept and report.rows == 30 and report.left_out == 30 - len(asked)
     assert {r['subject'] for r in e.records} == {'anatomy', 'virology'} and {r['category'] for r in e.records} - {''}
     assert json.loads((tmp_path/'e'/'summary.json').read_text())['systems']['receiver']['asked'] == len(asked)
-    Fuser_results = e.results()
-    assert Fuser_results == [dict(task='mmlu-redux', system='receiver', correct=e.count('receiver')[0], total=len(asked))]
+    assert e.results() == [dict(task='mmlu-redux, subjects=anatomy+virology, limit=15, options', system='receiver', correct=e.count('receiver')[0], total=len(asked))]
 
 
 driver = '''
@@ -217,3 +216,28 @@ def test_a_measure_is_not_lost(tmp_path):
     e = evaluate({'a': Half('good'), 'b': Half('bad')}, g, tmp_path/'e', progress=False)
     assert e.graded and e.rows()[0][2] == 'mean score' and [r[2] for r in e.rows()[1:]] == ['75.0 %', '25.0 %']
     assert e.compare('a', 'b').difference == pytest.approx(.5) and e.compare('a', 'b').p < .01
+
+
+def test_a_card_tells_tasks_apart(pair, tmp_path):
+    "What was asked in another way stands beside it, what was asked again in its place."
+    fuser = Fuser.from_pretrained(pair.fusers[0].save_pretrained(tmp_path/'fuser') or tmp_path/'fuser')
+    asked = [('e', 'yes', {}), ('f', 'no', dict(limit=10)), ('g', 'no', {}), ('h', 'yes', dict(template=default_template('cot'))), ('i', 'yes', dict(max_length=50, tokenizer=pair.processor.receiver_tokenizer))]
+    for folder, text, how in asked:
+        b = few(tmp_path)
+        if 'limit' in how: b.limit = how.pop('limit')
+        kept = evaluate({'says': Says(text)}, b, tmp_path/folder, progress=False, **how).add_to_card(fuser)
+    name = 'questions, split=train, answers=text'
+    assert [(r['task'], r['correct']) for r in kept] == [('questions, split=train, limit=10, answers=text', 0), (name, 0), (f'{name}, cot', 20), (f'{name}, at most 50 tokens', 20)]
+
+
+def test_tokens_of_a_message_count(pair, assets, tmp_path):
+    "What T2T's sharer wrote is written, too."
+    e = evaluate(make_systems(pair, ['receiver', 'T2T'], message_tokens=6), bench(assets, limit=3), tmp_path/'e', max_new_tokens=4, progress=False)
+    rs = list(e.by['T2T'].values())
+    assert all(r['extra']['message_tokens'] for r in rs) and e.rows()[2][-2] == f"{sum(r['tokens_out'] + r['extra']['message_tokens'] for r in rs)/3:.1f}"
+
+
+def test_cut_or_refused(tmp_path):
+    with pytest.raises(ValueError, match='tokenizer that counts'): evaluate({'says': Says('yes')}, few(tmp_path), tmp_path/'e', max_length=9, progress=False)
+    with pytest.raises(ValueError, match='max_length=0'): evaluate({'says': Says('yes')}, few(tmp_path), tmp_path/'e', max_length=0, progress=False)
+    assert not (tmp_path/'e').exists()

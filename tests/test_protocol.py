@@ -1,5 +1,5 @@
 "Evaluation recipes: read strictly, official files as they stand; what they say is what is run; and benchmarks as validation in training."
-import copy, json, os, subprocess, sys
+import copy, json, os, shutil, subprocess, sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.baseline import Alone, System, WorldPrompts, make_systems, register_system
 from c2c_nb.bench import default_template, make_benchmark
 from c2c_nb.cli import c2c_evaluate
-from c2c_nb.evaluate import PartC2C, evaluate, load_models, part_of, prepare, read_records, run_recipe
+from c2c_nb.evaluate import PartC2C, evaluate, load_models, part_of, prepare, prompt_key, read_records, run_recipe
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
 from c2c_nb.protocol import EvalRecipe, official_eval_keys
@@ -35,7 +35,7 @@ def at(recipe, path):
 # ---------------------------------------------------------------- ours
 
 def test_the_tree():
-    assert {f.name for f in fields(EvalRecipe)} == {'kind', 'name', 'imports', 'model', 'systems', 'benchmarks', 'template', 'variant', 'method', 'cue', 'max_new_tokens', 'batch_size', 'max_errors', 'seed', 'output', 'notes'}
+    assert {f.name for f in fields(EvalRecipe)} == {'kind', 'name', 'imports', 'model', 'systems', 'benchmarks', 'template', 'variant', 'method', 'chat', 'cue', 'max_new_tokens', 'max_length', 'batch_size', 'max_errors', 'seed', 'output', 'notes'}
     keys = recipe_keys(EvalRecipe)
     assert keys['model.fusers'] == list[str] and keys['output.folder'] is str and 'notes' not in keys and not set(keys) & {'validation.every', 'training.seed'}
     assert at(made(ours()), 'systems') == {'receiver': {}, 'sharer': {}, 'T2T': {}, 'C2C': {}}
@@ -147,7 +147,7 @@ cases = [
     ('model.generation_config', dict(max_new_tokens=9, repetition_penalty=1.2), c2c, {'max_new_tokens': 9, 'model/generation': dict(repetition_penalty=1.2)}), ('model.generation_config', dict(do_sample=False, temperature=.7, top_p=.8), c2c, {'max_new_tokens': None, 'model/generation': {}}), ('model.generation_config.max_new_tokens', 7, alone, {'max_new_tokens': 7}), ('model.generation_config.do_sample', False, alone, {}),
     ('model.context_model_path', 'b/other', t2t, {'model/sharers': ['b/other']}), ('model.answer_model_path', 'b/other', t2t, {'model/receiver': 'b/other'}), ('model.answer_model_path', 'b/other', both, {'model/receiver': 'b/other'}), ('model.background_prompt', 'Say {question}', t2t, {'systems/T2T/prompts': dict(ask='Say {question}')}),
     ('model.rosetta_checkpoint_dir', 'runs/y/', both, {'model/fusers': ['runs/y/final']}), ('model.rosetta_subfolder', 'checkpoint-5', both, {'model/fusers': ['runs/x/checkpoint-5']}),
-    ('model.max_length', 32768, c2c, {}), ('eval.gpu_ids', [0, 1, 2], c2c, {}), ('eval.debug_dump_bad_samples', False, c2c, {}), ('eval.cuda_launch_blocking', True, c2c, {}), ('eval.math_grading_method', 'x', c2c, {}), ('eval.longbench_prompt_format_path', 'x', longbench, {}), ('eval.longbench_maxlen_format_path', 'x', longbench, {}), ('eval.longbench_e', True, longbench, {'benchmarks/longbench/extended': True}), ('eval.longbench_e', True, c2c, {}),
+    ('model.max_length', 32768, c2c, {'max_length': 32768}), ('eval.gpu_ids', [0, 1, 2], c2c, {}), ('eval.debug_dump_bad_samples', False, c2c, {}), ('eval.cuda_launch_blocking', True, c2c, {}), ('eval.math_grading_method', 'x', c2c, {}), ('eval.longbench_prompt_format_path', 'x', longbench, {}), ('eval.longbench_maxlen_format_path', 'x', longbench, {}), ('eval.longbench_e', True, longbench, {'benchmarks/longbench/extended': True}), ('eval.longbench_e', True, c2c, {}),
     *(('eval.dataset', name, c2c, {'benchmarks': {mine: args}}) for name, mine, args in [('mmlu-redux', 'mmlu-redux', dict(errors='official')), ('mmmlu', 'mmmlu', {}), ('gpqa', 'gpqa', {}), ('math-500', 'math-500', {}), ('gsm8k', 'gsm8k', {}), ('openbookqa', 'openbookqa', {}), ('ai2-arc', 'arc-challenge', {}), ('mmlu-pro', 'mmlu-pro', {}), ('ceval', 'c-eval', dict(split='test')), ('longbench', 'longbench', {}), (None, 'mmlu-redux', dict(errors='official'))]),
     ('eval.answer_method', 'logits', c2c, {'method': 'options', 'cue': 'The correct answer is'}), ('eval.answer_method', 'generate', c2c, {'method': 'generate', 'cue': None}), ('eval.response_text', 'So it is', logits, {'cue': 'So it is'}), ('eval.response_text', 'So it is', c2c, {}),
     ('eval.use_cot', True, c2c, {'variant': 'cot'}), ('eval.use_template', False, c2c, {'variant': 'direct'}), ('eval.use_template', True, c2c, {'variant': 'plain'}),
@@ -156,7 +156,7 @@ cases = [
     ('eval.communication_max_new_tokens', 99, t2t, {'systems/T2T/message_tokens': 99}), ('eval.communication_max_new_tokens', 99, both, {'systems/T2T+C2C/message_tokens': 99}), ('eval.communication_max_new_tokens', 99, c2c, {}), ('eval.response_max_new_tokens', 88, t2t, {'max_new_tokens': 88}), ('eval.max_new_tokens', 77, t2t, {'max_new_tokens': 77}), ('eval.max_new_tokens', 77, c2c, {}),
     ('output.output_dir', 'results/y', c2c, {'output/folder': 'results/y'}),
 ]
-idle = {'model.max_length', 'eval.gpu_ids', 'eval.debug_dump_bad_samples', 'eval.cuda_launch_blocking', 'eval.math_grading_method', 'eval.longbench_prompt_format_path', 'eval.longbench_maxlen_format_path'}
+idle = {'eval.gpu_ids', 'eval.debug_dump_bad_samples', 'eval.cuda_launch_blocking', 'eval.math_grading_method', 'eval.longbench_prompt_format_path', 'eval.longbench_maxlen_format_path'}
 
 
 @pytest.mark.parametrize('path, value, file, expected', cases, ids=[f'{p}={v}'[:60] for p, v, _, _ in cases])
@@ -337,6 +337,35 @@ def test_mistakes_come_before_the_models(base, assets, values, message, monkeypa
     values = [v.replace('GSM', str(next((assets/'benchmarks'/'gsm8k').rglob('test*')))) for v in values]
     with pytest.raises((ValueError, OSError), match=message): run_recipe(set_values(base, values), progress=False)
     assert not Path(base.output.folder).exists()
+
+
+def test_prompts_that_are_too_long(base, assets, tmp_path):
+    "Cut for the receiver, in the command's table and in the summary; uncut, they are errors that fail the run."
+    long = next((assets/'benchmarks'/'longbench').rglob('*.jsonl'))
+    r = set_values(base, [f'benchmarks={{longbench: {{data_files: {long}, part: all, limit: 3}}}}', 'max_length=200', 'max_new_tokens=3', 'systems={receiver: , T2T: {message_tokens: 3}, C2C: }'])
+    e = run_recipe(r, progress=False)['longbench']
+    assert len(e.records) == 9 and not any(x['error'] for x in e.records) and all(x['cut'] for x in e.records) and all(200 <= x['tokens_in'] < 300 for x in e.by['receiver'].values())
+    assert [row[-3] for row in e.rows()] == ['prompts cut', 3, 3, 3] and json.loads((tmp_path/'out'/'summary.json').read_text())['systems']['C2C']['cut'] == 3
+    assert all(190 < x['extra']['asked_tokens'] < 300 for x in e.by['T2T'].values())         # the sharer is told the text too, as far as it was kept
+    with pytest.raises(FileExistsError, match='max_length'): run_recipe(set_values(r, ['max_length=250']), progress=False)
+    with pytest.raises(RuntimeError, match='max_position_embeddings'): run_recipe(set_values(r, ['max_length=null', f'output.folder={tmp_path}/other']), progress=False)
+
+
+def test_without_a_chat_template(base, golden, tmp_path, monkeypatch):
+    "Refused before any model is loaded, and asked in plain texts where that is wanted."
+    t = load_tokenizer(golden/'tokA'); t.chat_template = None
+    for m in 'receiver', 'sharer2':
+        shutil.copytree(golden/m, tmp_path/m); t.save_pretrained(tmp_path/m)
+        (tmp_path/m/'chat_template.jinja').unlink(missing_ok=True)
+    r = set_values(base, [f'model.receiver={tmp_path}/receiver', f'model.sharers=[{tmp_path}/sharer2]'])
+    with monkeypatch.context() as m, pytest.raises(ValueError, match='chat=false'):
+        m.setattr(AutoModelForCausalLM, 'from_pretrained', lambda *a, **k: pytest.fail('a model was loaded'))
+        run_recipe(r, progress=False)
+    for method in 'generate', 'options':
+        e = run_recipe(set_values(r, ['chat=false', f'method={method}', f'output.folder={tmp_path}/{method}']), progress=False)['openbookqa']
+        assert len(e.records) == 18 and not any(x['error'] for x in e.records) and e.results()[0]['task'].endswith('as plain text')
+    question = prepare(set_values(r, ['chat=false', f'output.folder={tmp_path}/more'])).questions['openbookqa'][0][0]
+    assert e.by['receiver'][question.id]['prompt'] == prompt_key(default_template().render(question)[0]['content'])
 
 
 def test_fusers_that_know_their_models(base, pair, golden, tmp_path, monkeypatch):

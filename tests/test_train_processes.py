@@ -30,6 +30,7 @@ cases = dict(
 
 def values_of(name, processes):
     _, values, batch, accumulation = cases[name]
+    values = [v for v in values if processes > 1 or v != 'model.shard=true']      # one process has nobody to share with
     return ['data.args.rows=14', *values, f'training.batch_size={batch}', f'training.accumulation={accumulation*2//processes}', 'training.sharer_dropout=0.3' if cases[name][0] > 1 else 'training.sharer_dropout=0', 'output.keep_best=false']
 
 
@@ -97,3 +98,8 @@ def test_a_process_that_dies(two):
     assert died['returncode'] != 0 and died['seconds'] < 120
     assert died['checkpoints'] == ['step-00000002'] and 'summary.json' not in died['files']
     assert_same(outcome(folder/'died'/'everything'), outcome(folder/'everything'))
+
+
+def test_nothing_to_spread(tmp_path):
+    "One process is told that its models lie on it whole."
+    with pytest.warns(UserWarning, match='model.shard is true, but there is one process'): run(recipe(tmp_path/'x', 'model.shard=true', 'training.steps=1', 'data.args.rows=14'), fresh=True)
