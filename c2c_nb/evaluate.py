@@ -101,7 +101,7 @@ def read_records(
             if (key := (r['system'], r['id'])) not in found or found[key]['error']: found[key] = r      # an error is not for ever
     return list(found.values())
 
-# %% ../nbs/09_evaluate.ipynb #def-identity
+# %% ../nbs/09_evaluate.ipynb #def-task-name
 def task_name(
     benchmark:Benchmark, # what is asked
     template:Template, # how it is put
@@ -117,6 +117,7 @@ def task_name(
     said += [] if template.chat else ['as plain text']
     return ', '.join([benchmark.name, *said, *([f'at most {max_length:,} tokens'] if max_length else [])])
 
+# %% ../nbs/09_evaluate.ipynb #def-identity
 def _identity(systems, benchmark, questions, template, method, max_new_tokens, max_length, tokenizer):
     "What decides the answers."
     digest = lambda x: hashlib.sha256(json.dumps(x, sort_keys=True, default=str, ensure_ascii=False).encode(errors='surrogatepass')).hexdigest()[:16]
