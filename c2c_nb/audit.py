@@ -224,10 +224,12 @@ class Rule:
         two = make_systems(c2c, ['receiver', 'C2C'], processor, **kwargs)
         return Routed(two['receiver'], two['C2C'], ConfidenceRouter(two['receiver'], self.threshold, dict(split='audit', prompts=len(self.fit))), 'confidence rule')
 
-# %% ../nbs/10_audit.ipynb #def-fit-rule
+# %% ../nbs/10_audit.ipynb #def-check-share
 def _check_share(share):
+    "Raises `ValueError` for a share that is none."
     if not 0 < share < 1: raise ValueError(f"share={share} was given; it must lie between 0 and 1")
 
+# %% ../nbs/10_audit.ipynb #def-fit-rule
 def fit_rule(
     by:dict, # system -> id -> record, as in `Evaluation.by`
     share:float=.5, # of the questions to fit on
@@ -370,7 +372,10 @@ def _asked(name, questions, template, method, gold, max_length=None, tokenizer=N
     if gold == 'other' and len({json.dumps(q.gold) for q in questions}) < 2: raise ValueError(f"{name}: all questions have the same right answer here, so there is none to hear with gold='other': ask more, or take gold='any'")
     return prompts
 
-def _likeliest(questions): return 'options' if all(q.labels for q in questions) else 'generate'
+# %% ../nbs/10_audit.ipynb #def-likeliest
+def _likeliest(questions):
+    "The method: options are scored where all questions have labels."
+    return 'options' if all(q.labels for q in questions) else 'generate'
 
 # %% ../nbs/10_audit.ipynb #def-audit
 def audit(
@@ -407,9 +412,10 @@ def audit(
     if PartialState().is_main_process: out.save()
     return out
 
-# %% ../nbs/10_audit.ipynb #def-prepared-audit
+# %% ../nbs/10_audit.ipynb #audit-asks
 _asks = dict(receiver={}, sharer={}, C2C={}) # the systems that an audit is about
 
+# %% ../nbs/10_audit.ipynb #def-prepared-audit
 @dataclass(repr=False)
 class PreparedAudit(Prepared):
     "The audit of a recipe with its questions, before any model is loaded."
@@ -422,11 +428,12 @@ class PreparedAudit(Prepared):
         ready = [n for n in self.arms if n != 'retrained' or self.retrained]
         return '\n'.join([super().__repr__(), f"arms of C2C, as far as these models allow: {', '.join(ready)}"] + ['not run: retrained: no retrained fuser was given']*('retrained' in self.arms and not self.retrained))
 
-# %% ../nbs/10_audit.ipynb #def-check-there
+# %% ../nbs/10_audit.ipynb #def-other-than-audit
 def _other_than_audit(file):
     "Is this the `evaluation.json` of something else? An audit always has its right caches."
     return 'matched' not in json.loads(file.read_text())['systems']
 
+# %% ../nbs/10_audit.ipynb #def-check-there
 def _check_there(done):
     "Is there nothing, or this audit? Models, tokenizers and seeds are compared by `evaluate`, which knows them. Raises `FileExistsError`."
     r = done.recipe

@@ -545,13 +545,14 @@ def no_models(monkeypatch):
 def test_a_recipe_is_audited_as_by_hand(base, pair, assets, tmp_path):
     "A published fuser: the same records; template, cue, generation and template's keywords reach every arm; run again, nothing is asked."
     said = dict(generation=dict(repetition_penalty=1.3), template_kwargs=dict(enable_thinking=False))
-    r = set_values(base, ['variant=direct', 'cue=I say', 'seed=3', *(f'model.{k}={json.dumps(v)}' for k, v in said.items())])
+    r = set_values(base, ['variant=direct', 'cue=I say', 'seed=3', 'max_length=40', *(f'model.{k}={json.dumps(v)}' for k, v in said.items())])
     found = audit_recipe(r, ['zeros', 'noise'], gold='other', progress=False)['openbookqa']
     assert found.seed == 3 and found.evaluation.folder == tmp_path/'out' and list(found.marks) == ['receiver', 'sharer', 'matched', 'mismatched', 'zeros', 'noise']
     direct = default_template('direct')
     worded = replace(direct, wordings={k: replace(w, cue='I say') for k, w in direct.wordings.items()})
-    by_hand = lambda folder, **more: audit(pair, bench(assets, limit=6), tmp_path/folder, ['zeros', 'noise'], progress=False, **dict(template=worded, method='options', gold='other', seed=3) | said | more)
+    by_hand = lambda folder, **more: audit(pair, bench(assets, limit=6), tmp_path/folder, ['zeros', 'noise'], progress=False, **dict(template=worded, method='options', gold='other', seed=3, max_length=40) | said | more)
     assert plain(by_hand('hand').evaluation.records) == plain(found.evaluation.records) and len(found.evaluation.records) == 36
+    assert any(r['cut'] for r in found.evaluation.records)
     before, summary = (tmp_path/'out'/'records-000.jsonl').read_bytes(), json.loads((tmp_path/'out'/'summary.json').read_text())
     by_hand('out')                                                # it is the very audit, in every system's description
     with pytest.raises(FileExistsError, match='system matched, system mismatched, system noise, system receiver, system sharer, system zeros'): by_hand('out', generation=None)
