@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Contrast', 'holm', 'contrasts', 'Verdict', 'judge', 'TakeOver', 'take_over', 'Harm', 'harm', 'Rule', 'fit_rule',
-           'Audit', 'audit']
+           'Audit', 'audit', 'PreparedAudit', 'prepare_audit', 'Audits', 'audit_recipe']
 
 # %% ../nbs/10_audit.ipynb #audit-imports
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,14 +17,16 @@ from accelerate import PartialState
 from fastcore.basics import patch
 
 from .align import C2CProcessor
-from .arms import check_arms, make_arms
+from .arms import check_arms, check_retrained, make_arms, retrained_folder
 from .baseline import make_systems
 from .bench import Benchmark, Template, default_template
 from .checkpoint import replace_file
-from .evaluate import Evaluation, evaluate, prompts_of
+from .evaluate import Evaluation, Prepared, _identity, evaluate, load_models, prepare, prompts_of
 from .fuser import Fuser
 from .hub import markdown_table
 from .model import C2CModel
+from .protocol import EvalRecipe
+from .recipe import RECIPE
 from .routing import ConfidenceRouter, Routed, draw_threshold
 from .stats import Paired, detectable, interval, mean_interval, paired, questions_needed
 from .toy import COLOURS
@@ -121,7 +123,7 @@ def judge(
 
     if strict is not None:
         if strict.better(alpha): say.append(f"A fuser that was trained and asked with other questions' caches alone does worse than this one with the right cache, which is better by {strict.words()}.")
-        elif strict.worse(alpha): say.append(f"A fuser that was trained and asked with other questions' caches alone does better than this one with the right cache, which is worse by {strict.words()}.")
+        elif strict.worse(alpha): say.append(f"A fuser that was trained and asked with other questions' caches alone does better than this one with the right cache: this one minus that one is {strict.words()}.")
         else: say.append(f"A fuser that was trained and asked with other questions' caches alone cannot be told apart from this one with the right cache: {strict.words()}.")
     rest = [c for k, c in found.items() if k not in ('gain', 'content', 'presence', 'retrained')]
     if alike := [c.b for c in rest if not c.better(alpha) and not c.worse(alpha)]: say.append(f"Not to be told apart from the right cache: {', '.join(alike)}.")
@@ -210,7 +212,8 @@ class Rule:
     def words(self)->str:
         n = len(self.test)
         when = "never asks the sharer" if self.threshold == float('inf') else "always asks the sharer" if self.threshold == float('-inf') else f"asks the sharer where the receiver's likeliest option has a probability below {100*(1 - self.threshold):.1f} %"
-        return f"The rule that did best on {len(self.fit)} questions {when}. On {n} others it spares {self.skipped} of {n} sharer calls ({100*self.skipped/n:.0f} %), has {self.right['rule']} right (always asking {self.right['matched']}, never asking {self.right['receiver']}), and loses {self.lost['rule']} that the receiver had right instead of {self.lost['matched']}. {self.paired.words('The rule', 'always asking')}."
+        compared = self.paired.words('the rule', 'always asking')
+        return f"The rule that did best on {len(self.fit)} questions {when}. On {n} others it spares {self.skipped} of {n} sharer calls ({100*self.skipped/n:.0f} %), has {self.right['rule']} right (always asking {self.right['matched']}, never asking {self.right['receiver']}), and loses {self.lost['rule']} that the receiver had right instead of {self.lost['matched']}. {compared[0].upper() + compared[1:]}."
 
     def system(self,
         c2c:C2CModel, # that was audited
@@ -221,6 +224,11 @@ class Rule:
         two = make_systems(c2c, ['receiver', 'C2C'], processor, **kwargs)
         return Routed(two['receiver'], two['C2C'], ConfidenceRouter(two['receiver'], self.threshold, dict(split='audit', prompts=len(self.fit))), 'confidence rule')
 
+# %% ../nbs/10_audit.ipynb #def-check-share
+def _check_share(share):
+    "Raises `ValueError` for a share that is none."
+    if not 0 < share < 1: raise ValueError(f"share={share} was given; it must lie between 0 and 1")
+
 # %% ../nbs/10_audit.ipynb #def-fit-rule
 def fit_rule(
     by:dict, # system -> id -> record, as in `Evaluation.by`
@@ -228,7 +236,7 @@ def fit_rule(
     seed:int=0, # of the split and of the bootstrap
 )->Rule|None: # None: there are no option scores, or too few questions
     "Fit the threshold on a part of the questions, and see what it does on the rest. Raises `ValueError` for a share that is none."
-    if not 0 < share < 1: raise ValueError(f"share={share} was given; it must lie between 0 and 1")
+    _check_share(share)
     ids = [i for i, r in by['receiver'].items() if r['scores'] and i in by['matched'] and not by['matched'][i]['error']]
     drawn = lambda i: int(hashlib.sha256(f'{seed} {i}'.encode()).hexdigest()[:12], 16)
     ids = sorted(ids, key=drawn)
@@ -355,6 +363,20 @@ def save(self:Audit,
     replace_file(folder/'audit.md', f"# Audit: is it the content of the sharer's cache that helps?\n\n{self.report()}")
     replace_file(folder/'audit.png', lambda part: self.plot().savefig(part, format='png', dpi=120))
 
+# %% ../nbs/10_audit.ipynb #def-asked-of
+def _asked(name, questions, template, method, gold, max_length=None, tokenizer=None):
+    "All prompts, among which another one is found for each. Raises `ValueError` where there is none."
+    if gold not in ('any', 'other'): raise ValueError(f"gold={gold!r} was given; use 'any' other question, or only those with an 'other' right answer")
+    prompts = list(prompts_of(template, questions, method, max_length, tokenizer)[0].values())
+    if len({json.dumps(p) for p in prompts}) < 2: raise ValueError(f"{name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
+    if gold == 'other' and len({json.dumps(q.gold) for q in questions}) < 2: raise ValueError(f"{name}: all questions have the same right answer here, so there is none to hear with gold='other': ask more, or take gold='any'")
+    return prompts
+
+# %% ../nbs/10_audit.ipynb #def-likeliest
+def _likeliest(questions):
+    "The method: options are scored where all questions have labels."
+    return 'options' if all(q.labels for q in questions) else 'generate'
+
 # %% ../nbs/10_audit.ipynb #def-audit
 def audit(
     c2c:C2CModel, # receiver, sharers and the fusers in question; in evaluation mode
@@ -375,17 +397,140 @@ def audit(
     generation:dict|None=None, # more keywords for `generate`
     template_kwargs:dict|None=None, # for chat templates
     progress:bool=True, # show a progress bar
+    recipe:EvalRecipe|None=None, # where all of this comes from, for the summary
 )->Audit:
     "Ask all arms the same questions, and say what it comes to. Raises what `evaluate` raises, and `ValueError` for an unknown arm or a retrained fuser that does not fit."
-    check_arms(arms)
+    check_arms(arms); _check_share(share)
     template = template or default_template()
     questions, _ = benchmark.questions()
-    if method is None: method = 'options' if all(q.labels for q in questions) else 'generate'
+    method = method or _likeliest(questions)
     tokenizer = (processor or c2c.processor).receiver_tokenizer
-    prompts = list(prompts_of(template, questions, method, max_length, tokenizer)[0].values())
-    if len({json.dumps(p) for p in prompts}) < 2: raise ValueError(f"{benchmark.name} has {len(questions)} question{'s'*(len(questions) != 1)} here: there has to be another question to hear, ask at least two different ones")
+    prompts = _asked(benchmark.name, questions, template, method, gold, max_length, tokenizer)
     made = make_arms(c2c, arms, processor, prompts, golds=[q.gold for q in questions], gold=gold, seed=seed, retrained=retrained, generation=generation, template_kwargs=template_kwargs)
-    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_length, tokenizer, max_errors, progress)
+    found = evaluate(dict(made), benchmark, folder, template, method, batch_size, max_new_tokens, max_length, tokenizer, max_errors, progress, recipe)
     out = Audit(found, made.about, made.left_out, seed=seed, share=share)
     if PartialState().is_main_process: out.save()
     return out
+
+# %% ../nbs/10_audit.ipynb #audit-asks
+_asks = dict(receiver={}, sharer={}, C2C={}) # the systems that an audit is about
+
+# %% ../nbs/10_audit.ipynb #def-prepared-audit
+@dataclass(repr=False)
+class PreparedAudit(Prepared):
+    "The audit of a recipe with its questions, before any model is loaded."
+    given:EvalRecipe # what is written beside the records
+    arms:list # names
+    retrained:list # fusers that were trained with other questions' caches, one for each sharer; or none
+    gold:str # which other question is heard
+
+    def __repr__(self):
+        ready = [n for n in self.arms if n != 'retrained' or self.retrained]
+        return '\n'.join([super().__repr__(), f"arms of C2C, as far as these models allow: {', '.join(ready)}"] + ['not run: retrained: no retrained fuser was given']*('retrained' in self.arms and not self.retrained))
+
+# %% ../nbs/10_audit.ipynb #def-other-than-audit
+def _other_than_audit(file):
+    "Is this the `evaluation.json` of something else? An audit always has its right caches."
+    return 'matched' not in json.loads(file.read_text())['systems']
+
+# %% ../nbs/10_audit.ipynb #def-check-there
+def _check_there(done):
+    "Is there nothing, or this audit? Models, tokenizers and seeds are compared by `evaluate`, which knows them. Raises `FileExistsError`."
+    r = done.recipe
+    for n, folder in done.folders.items():
+        file = folder/'evaluation.json'
+        if not file.is_file():
+            if folder.is_dir() and any(folder.iterdir()): raise FileExistsError(f"{folder} holds something else than an audit: choose another output.folder")
+            continue
+        now = json.loads(json.dumps(_identity({}, done.benchmarks[n], done.questions[n][0], done.template, r.method, r.max_new_tokens, None, None) | dict(max_length=r.max_length), default=str))
+        there = json.loads(file.read_text())
+        if not _other_than_audit(file) and (differ := sorted(k for k in now if k not in ('systems', 'counted_by', 'task') and there.get(k) != now[k])): raise FileExistsError(f"{folder} holds another audit, nothing was changed; what differs: {', '.join(differ)}. Choose another output.folder")
+    root = Path(r.output.folder)
+    for file in [root/'evaluation.json', *root.glob('*/evaluation.json')]:
+        if file.is_file() and _other_than_audit(file): raise FileExistsError(f"{file.parent} holds an evaluation that is no audit: choose another output.folder")
+
+# %% ../nbs/10_audit.ipynb #def-check-all-retrained
+def _check_all_retrained(fusers, retrained):
+    "Do the retrained fusers belong to the same pairs of models? As far as files on this machine can tell. Raises `ValueError` or `FileNotFoundError`."
+    if retrained and len(retrained) != len(fusers): raise ValueError(f"{len(retrained)} retrained fusers were given for {len(fusers)} sharers: give one for each, in their order")
+    for own, other in zip(fusers, retrained):
+        retrained_folder(other)
+        try: check_retrained(own, other)
+        except FileNotFoundError: pass                           # a published checkpoint has no config of ours; what is loaded is compared by the arm
+
+# %% ../nbs/10_audit.ipynb #def-prepare-audit
+def prepare_audit(
+    recipe:EvalRecipe, # what to do; its systems have no effect
+    arms:list|None=None, # names; None: all that can be run
+    retrained:str|Path|list|None=None, # a fuser trained with other questions' caches, for the arm 'retrained'; one for each sharer
+    gold:str='any', # which other question is heard: 'any', or only one with an 'other' right answer
+    choose:bool=False, # score options where all questions have labels, whatever the recipe's method
+)->PreparedAudit:
+    "Look at everything but the models. Raises `ValueError`, `FileNotFoundError` for a retrained fuser that is not there, and `FileExistsError` for an output folder with something else in it."
+    if not recipe.model.fusers: raise ValueError("an audit exchanges what fusers hear, but the recipe names none: give model.fusers, one for each sharer")
+    usual = next(f for f in fields(EvalRecipe) if f.name == 'systems').default_factory()
+    notes = [] if recipe.systems in ({n: {} for n in usual}, _asks) else [f"systems ({', '.join(recipe.systems)}) has no effect on an audit, which asks the receiver alone, the sharers alone, and C2C in all its arms"]
+    scored = recipe.cue is not None                              # a cue is for options
+    recipe = replace(recipe, systems=_asks, notes=recipe.notes + notes, **(dict(method='options' if scored else 'generate') if choose else {}))
+    done = prepare(recipe)
+    if choose and not scored:
+        method = _likeliest([q for questions, _ in done.questions.values() for q in questions])
+        recipe, done = replace(recipe, method=method), replace(done, recipe=replace(done.recipe, method=method))
+    arms = check_arms(arms)
+    retrained = [] if retrained is None else list(retrained) if isinstance(retrained, (list, tuple)) else [retrained]
+    _check_all_retrained(done.recipe.model.fusers, retrained)
+    for n, (questions, _) in done.questions.items(): _asked(n, questions, done.template, done.recipe.method, gold)
+    _check_there(done)
+    return PreparedAudit(*(getattr(done, f.name) for f in fields(Prepared)), recipe, arms, retrained, gold)
+
+# %% ../nbs/10_audit.ipynb #def-audits
+@dataclass(repr=False)
+class Audits:
+    "What the audit of a recipe has brought."
+    recipe:EvalRecipe # as it was run
+    audits:dict # name of a benchmark -> `Audit`
+
+    def __getitem__(self, name): return self.audits[name]
+
+    def rows(self)->list[list]:
+        "The table: a head, and a row for each benchmark."
+        show = lambda c: f'{100*c.paired.difference:+z.1f} ({c.span})'
+        mean = lambda marks: f'{100*sum(marks)/len(marks):.1f} %'
+        return [['benchmark', 'questions', 'receiver', 'C2C', 'gain', 'content gain', 'presence effect', 'verdict'], *([n, len(a.ids), mean(a.marks['receiver']), mean(a.marks['matched']), *(show(a.contrasts[k]) for k in ('gain', 'content', 'presence')), a.verdict.headline] for n, a in self.audits.items())]
+
+    def _repr_markdown_(self): return next(iter(self.audits.values())).report() if len(self.audits) == 1 else markdown_table(self.rows())
+    def __repr__(self): return '\n\n'.join(repr(a) if len(self.audits) == 1 else f'{n}\n\n{a!r}' for n, a in self.audits.items())
+
+    def save(self,
+        folder:str|Path, # of several benchmarks
+    ):
+        "Write recipe, table and summary of several benchmarks; a single one has written its own."
+        folder = Path(folder)
+        replace_file(folder/RECIPE, self.recipe.to_yaml())
+        replace_file(folder/'table.md', markdown_table(self.rows()) + '\n')
+        keep = lambda d: {k: d[k] for k in ('verdict', 'questions', 'arms', 'not_run', 'contrasts')}
+        replace_file(folder/'summary.json', json.dumps(dict(recipe=self.recipe.to_dict(), benchmarks={n: keep(a.to_dict()) for n, a in self.audits.items()}), indent=1, default=str))
+
+# %% ../nbs/10_audit.ipynb #def-audit-recipe
+def audit_recipe(
+    recipe:EvalRecipe, # what to do; its systems have no effect
+    arms:list|None=None, # names; None: all that can be run
+    retrained:str|Path|list|None=None, # a fuser trained with other questions' caches, for the arm 'retrained'; one for each sharer
+    gold:str='any', # which other question is heard: 'any', or only one with an 'other' right answer
+    choose:bool=False, # score options where all questions have labels, whatever the recipe's method
+    share:float=.5, # of the questions that the confidence rule is fitted on
+    progress:bool=True, # show progress bars
+    prepared:PreparedAudit|None=None, # what `prepare_audit` has made of the same, if it has been called
+)->Audits:
+    "Load the models of a recipe and ask all arms its questions. What is there already is not asked again. Raises as `prepare_audit`, `load_models` and `audit` do."
+    _check_share(share)
+    done = prepared or prepare_audit(recipe, arms, retrained, gold, choose)
+    r, found = done.recipe, {}
+    c2c = load_models(r.model, chats=done.template.chat and any(not q.plain for questions, _ in done.questions.values() for q in questions))
+    with torch.random.fork_rng():
+        for n, folder in done.folders.items():
+            torch.manual_seed(r.seed)
+            found[n] = audit(c2c, done.benchmarks[n], folder, done.arms, None, done.retrained or None, done.template, r.method, r.batch_size, r.max_new_tokens, r.max_length, r.max_errors, done.gold, r.seed, share,
+                r.model.generation or None, r.model.template_kwargs or None, progress, done.given)
+            if len(done.folders) > 1 and PartialState().is_main_process: Audits(done.given, dict(found)).save(r.output.folder)
+    return Audits(done.given, found)

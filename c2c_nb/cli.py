@@ -289,7 +289,7 @@ def _eval_recipe(what, values, systems, args, message_tokens, given):
     d, notes = recipe.to_dict(), recipe.notes
     if len(what) == 1 and Path(what[0]).is_dir(): d['output']['folder'] = what[0]      # an evaluation goes on where it lies
     for k in given:
-        if given[k] is not None: (d['model'] if k in ('dtype', 'device') else d)[k] = given[k]
+        if given[k] is not None: (d['model'] if k in ('dtype', 'device') else d)[k] = [*d[k], *given[k]] if k == 'imports' else given[k]
     if systems: d['systems'] = {n: d['systems'].get(n, {}) for n in systems}
     for n, s in d['systems'].items():
         if message_tokens is not None and s.get('kind', n).startswith('T2T'): s['message_tokens'] = message_tokens
@@ -345,71 +345,81 @@ def c2c_evaluate(
     print(f"records, summary and table: {recipe.output.folder}")
 
 # %% ../nbs/13_cli.ipynb #def-audit-arguments
+_audited_help = "a recipe of an evaluation in YAML or JSON, ours or the official project's, the folder of an audit, or the name of a recipe that comes with the package; or else three things: a fuser, a benchmark, and a folder for the records"
+_Audited = Param(_audited_help, str, opt=False, nargs='*') if Param else Annotated[str, _audited_help, dict(nargs='*')]
 _arms_help = "what the fuser hears instead, such as zeros noise 'own cache'; if not given, everything that can be run"
 _ArmNames = Param(_arms_help, str, nargs='*', default=None) if Param else Annotated[str, _arms_help, dict(nargs='*')]
-_imports_help = "modules, or .py files, to import first, such as one with an arm or a benchmark of your own"
+_retrained_help = "folder or hub repository of a fuser that train_mismatched made, with the same recipe; one for each sharer"
+_Retrained = Param(_retrained_help, str, nargs='*', default=None) if Param else Annotated[str, _retrained_help, dict(nargs='*')]
+_imports_help = "modules, or .py files, to import first, such as one with an arm or a benchmark of your own; those of the recipe are imported, too"
 _Imports = Param(_imports_help, str, nargs='*', default=None) if Param else Annotated[str, _imports_help, dict(nargs='*')]
 
 # %% ../nbs/13_cli.ipynb #def-check-out
 def _check_out(
-    out:str, # folder for records
+    out:str|Path, # folder for records
 ):
-    "Raises `FileExistsError` for a folder with something else in it, before anything is loaded."
-    folder = Path(out)
-    if folder.is_file(): raise FileExistsError(f"{out} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder/'evaluation.json').is_file(): raise FileExistsError(f"{out} holds something else than an audit: choose another folder")
+    "Raises `FileExistsError` for a folder with something else in it than an audit, before anything is loaded."
+    import json
+    folder, says = Path(out), 'choose another folder (with a recipe: --set output.folder=FOLDER)'
+    if not folder.is_dir() or not any(folder.iterdir()): return
+    try: systems = json.loads((folder/'evaluation.json').read_text())['systems']
+    except (OSError, ValueError, KeyError, TypeError): raise FileExistsError(f"{out} holds something else than an audit: {says}") from None
+    if 'matched' not in systems: raise FileExistsError(f"{out} holds an evaluation that is no audit: {says}")
+
+# %% ../nbs/13_cli.ipynb #def-check-audited
+def _check_audited(recipe, choose):
+    "What can be seen of an audit without torch. Raises `ValueError` or `FileExistsError`."
+    from dataclasses import replace
+    if not recipe.model.fusers: raise ValueError("an audit exchanges what fusers hear, but the recipe names none: give model.fusers, one for each sharer")
+    replace(recipe, systems=['C2C'], **(dict(cue=None) if choose else {})).check()       # its systems have no effect, and a cue will choose the method
+    root = Path(recipe.expanded().output.folder)
+    for n in recipe.benchmarks: _check_out(root/n if len(recipe.benchmarks) > 1 else root)
 
 # %% ../nbs/13_cli.ipynb #def-c2c-audit
 @command
 def c2c_audit(
-    fuser:str, # folder or hub repository of a fuser
-    benchmark:str, # a benchmark, such as openbookqa or mmlu-redux
-    out:str, # folder for the records, or one to go on with
+    what:_Audited,
+    set:_EvalSettings=None,
     arms:_ArmNames=None,
     args:_BenchArgs=None,
-    retrained:str=None, # folder or hub repository of a fuser that train_mismatched made, with the same recipe
-    method:str=None, # 'options' for the likeliest label, or 'generate'; if not given, options where all questions have labels
+    retrained:_Retrained=None,
+    method:str=None, # 'options' for the likeliest label, or 'generate'; if not given, as the recipe says, and without one options where all questions have labels
     template:str=None, # a file that words the prompts; if not given, our own words
-    variant:str='plain', # which wording of it
-    batch_size:int=16, # questions at once
+    variant:str=None, # which wording of it
+    batch_size:int=None, # questions at once; 16, if the recipe says nothing else
     max_new_tokens:int=None, # of an answer; if not given, as the benchmark says
-    max_errors:float=.01, # share of questions that may raise an error
+    max_errors:float=None, # share of questions that may raise an error; 0.01, if the recipe says nothing else
     gold:str='any', # which other question is heard: 'any', or one with an 'other' right answer
-    seed:int=0, # of everything that is drawn
+    seed:int=None, # of everything that is drawn; 0, if the recipe says nothing else
     imports:_Imports=None,
-    dtype:str='auto', # of the models
+    dtype:str=None, # of the models
     device:str=None, # a device, or 'auto' to spread the models over all; if not given, the GPU where there is one
+    dry_run:store_true=False, # show the recipe, the arms, the number of questions and the first prompt, and stop before the models are loaded
+    list:store_true=False, # name the recipes that come with the package
     quiet:store_true=False, # no progress bar
 ):
     "Find out whether it is the content of the sharer's cache that helps."
     refuse, main = lambda message: _refuse(message, 'c2c_audit'), os.environ.get('RANK', '0') == '0'
+    if list:
+        from c2c_nb.recipe import shipped_recipes
+        print('\n'.join(shipped_recipes('evaluation'))); return
     try:
-        from c2c_nb.recipe import import_modules, read_values
-        if method not in (None, 'generate', 'options'): raise ValueError(f"--method is {method!r}; use 'generate' or 'options'")
-        if batch_size < 1: raise ValueError(f"--batch_size is {batch_size}; use 1 or more")
-        if not 0 <= max_errors < 1: raise ValueError(f"--max_errors is {max_errors:g}; it is a share, at least 0 and below 1")
+        recipe = _eval_recipe(what, set, None, args, None, dict(method=method, template=template, variant=variant, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, seed=seed, imports=imports, dtype=dtype, device=device))
+        choose = len(what) == 3 and method is None and not any(s.partition('=')[0].strip() == 'method' for s in set or [])
+        _check_audited(recipe, choose)
         if gold not in ('any', 'other'): raise ValueError(f"--gold is {gold!r}; use 'any' or 'other'")
-        values = read_values(args or [])
-        _check_fuser(fuser); _check_out(out)
         if main: print('Loading torch and transformers ...', file=sys.stderr, flush=True)
-        import torch, transformers
-        from c2c_nb.arms import check_arms, check_retrained
-        from c2c_nb.audit import audit
-        from c2c_nb.bench import default_template, make_benchmark, read_template
+        import datasets, transformers
+        from c2c_nb.audit import audit_recipe, prepare_audit
         transformers.utils.logging.disable_progress_bar()
-        import_modules(imports or [])
-        check_arms(arms)
-        if retrained: check_retrained(fuser, retrained)
-        asked, worded = make_benchmark(benchmark, values), read_template(template, variant) if template else default_template(variant)
-        asked.questions()                                        # what is wrong with the data comes before the models
-        from c2c_nb.model import C2CModel
-        from c2c_nb.evaluate import _processes
-        where = device or str(_processes().device)
-        c2c = C2CModel.from_pretrained(fuser, dtype=dtype, **({} if where == 'cpu' else dict(device_map=where)))
-        found = audit(c2c, asked, out, arms, retrained=retrained, template=worded, method=method, batch_size=batch_size, max_new_tokens=max_new_tokens, max_errors=max_errors, gold=gold, seed=seed, progress=not quiet)
+        if quiet: datasets.disable_progress_bars()
+        prepared = prepare_audit(recipe, arms, retrained, gold, choose)     # what is wrong with the data comes before the models
+        if dry_run: print(prepared) if main else None; return
+        found = audit_recipe(recipe, prepared=prepared, progress=not quiet)
     except (OSError, ValueError, KeyError, ImportError, AssertionError) as e: refuse(e.args[0] if isinstance(e, KeyError) else e)     # torch asserts that it has been built for a device
     except RuntimeError as e: print(f'c2c_audit: {e}', file=sys.stderr); raise SystemExit(1)
     except KeyboardInterrupt: print('\nc2c_audit: stopped; the same command goes on from here', file=sys.stderr); raise SystemExit(130)
     if not main: return
+    for note in found.recipe.notes: print(f'# {note}')
     print(found)
-    print(f"records, report and figure: {out}")
+    print(f"records, report and figure: {recipe.output.folder}")

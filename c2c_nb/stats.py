@@ -91,10 +91,12 @@ def words(self:Paired,
     b:str='the second',
     alpha:float=.05, # above this the difference may be chance
 )->str:
-    "The outcome as a sentence."
-    first, second, low, high = (a, b, self.low, self.high) if self.difference >= 0 else (b, a, -self.high, -self.low)
-    points = f"{100*abs(self.difference):.1f} points (95 % interval {100*low:+.1f} to {100*high:+.1f}, p = {self.p:.2g}, {self.n} questions)"
-    return f"{first} is better than {second} by {points}" if self.p <= alpha else f"{first} and {second} cannot be told apart here: the difference is {points}"
+    "The outcome as a sentence: who is better, or, where that cannot be told, the difference as it was asked for."
+    if self.difference == self.low == self.high == 0: return f"{a} and {b} cannot be told apart here: they have the same marks on all {self.n} questions"     # an interval without width would say too much
+    rest = lambda low, high: f"(95 % interval {100*low:+z.1f} to {100*high:+z.1f}, p = {self.p:.2g}, {self.n} questions)"
+    if self.p > alpha: return f"{a} and {b} cannot be told apart here: {a} minus {b} is {100*self.difference:+z.1f} points {rest(self.low, self.high)}"
+    if self.difference > 0: return f"{a} is better than {b} by {100*self.difference:.1f} points {rest(self.low, self.high)}"
+    return f"{b} is better than {a} by {-100*self.difference:.1f} points {rest(-self.high, -self.low)}"
 
 # %% ../nbs/08c_stats.ipynb #def-paired-markdown
 @patch

@@ -1,5 +1,6 @@
 "The audit: every arm does what it says, for any batch size and after any kill; and the verdict says no more than the tests do."
 import json, math, os, random, signal, subprocess, sys, threading, time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest, torch
@@ -8,15 +9,20 @@ from transformers import AutoModelForCausalLM
 import c2c_nb.arms as arms_module
 from c2c_nb.align import C2CProcessor, load_tokenizer
 from c2c_nb.arms import Arm, ArmFuser, CannotRun, Mismatched, MismatchedTask, arm_model, check_arms, check_retrained, heard_columns, make_arms, mismatched_row, mismatched_rows, register_arm, row_numbers, special_ids
-from c2c_nb.audit import Audit, Harm, audit, contrasts, fit_rule, harm, judge, take_over
+from c2c_nb.audit import Audit, Harm, audit, audit_recipe, contrasts, fit_rule, harm, judge, prepare_audit, take_over
 from c2c_nb.bench import default_template, make_benchmark
 from c2c_nb.cache import read_layer
 from c2c_nb.cli import c2c_audit
-from c2c_nb.evaluate import evaluate, read_records
+from c2c_nb.evaluate import evaluate, read_records, run_recipe
 from c2c_nb.fuser import Fuser
 from c2c_nb.model import C2CModel
-from c2c_nb.recipe import read_recipe, set_values
+from c2c_nb.protocol import EvalRecipe
+from c2c_nb.recipe import read_recipe, recipe_from_dict, set_values
+from c2c_nb.toy import connect, get_world, pretrain
+from c2c_nb.trio import team
+from test_trio import TinyTrio
 from tiny import fuser_for, tiny
+from tiny_world import TinyWorld
 
 pytestmark = pytest.mark.filterwarnings('ignore:fuser . was made for tokenizers aligned')     # on purpose
 root = Path(__file__).resolve().parents[1]
@@ -484,8 +490,13 @@ def test_command(pair, golden, assets, tmp_path, monkeypatch, capsys):
     assert {'audit.md', 'audit.json', 'audit.png', 'evaluation.json'} <= {f.name for f in (tmp_path/'out').iterdir()}
     (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'notes.txt').write_text('x')
     monkeypatch.chdir(tmp_path)                                   # where its models are not
-    good = dict(fuser='fuser', benchmark='openbookqa', out='out', args=[f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=4'], quiet=True)
-    for change, says, early in ((dict(method='logits'), "'generate' or 'options'", True), (dict(out='mine'), 'something else', True), (dict(fuser='mine'), 'holds no fuser', True), (dict(arms=['zeroes']), "did you mean 'zeros'", False), (dict(retrained='other'), 'another pair', False), (dict(benchmark='openbokqa'), "did you mean 'openbookqa'", False)):
+    monkeypatch.setattr(AutoModelForCausalLM, 'from_pretrained', lambda *a, **k: pytest.fail('a model was loaded'))
+    (tmp_path/'evaluation').mkdir(); (tmp_path/'evaluation'/'evaluation.json').write_text(json.dumps(dict(systems=dict(receiver='x', C2C='y'))))
+    good = dict(what=['fuser', 'openbookqa', 'out'], args=[f'data_files={assets}/benchmarks/openbookqa/main/test.jsonl', 'limit=4'], quiet=True)
+    named = lambda *what: dict(what=list(what))
+    for change, says, early in ((dict(method='logits'), 'known are generate, options', True), (named('fuser', 'openbookqa', 'mine'), 'something else', True), (named('fuser', 'openbookqa', 'evaluation'), 'an evaluation that is no audit', True), (named('fuser', 'openbookqa', 'mine/notes.txt'), 'is a file', True), (named('mine', 'openbookqa', 'out'), 'no model was saved there', True),
+            (named('fuser', 'openbookqa'), '2 names were given', True), (dict(gold='same'), "'any' or 'other'", True), (dict(batch_size=0), 'batch_size is 0', True), (dict(set=['model.fusers=[]']), 'names none', True), (dict(set=['modle.fusers=[]']), "did you mean 'model'", True), (dict(set=['cue=So']), 'another audit', False),
+            (dict(arms=['zeroes']), "did you mean 'zeros'", False), (dict(retrained=['other']), 'another pair', False), (dict(retrained=['fuser', 'other']), '2 retrained fusers', False), (dict(retrained=['mine']), 'no fuser in', False), (dict(imports=['no_such_room']), 'cannot be imported', False), (named('fuser', 'openbokqa', 'new'), "did you mean 'openbookqa'", False)):
         with pytest.raises(SystemExit) as e: c2c_audit(**good | change)
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and ('Loading' in err) != early, err
@@ -515,3 +526,181 @@ def test_the_control_is_validated_as_it_is_trained(pair, tmp_path):
     assert torch.equal(said[0]['input_ids'], said[1]['input_ids'])
     theirs = [b['input_ids'] if b['sharer_input_ids'][0] is None else b['sharer_input_ids'][0] for b in said]
     assert not torch.equal(*theirs)
+
+
+# ---------------------------------------------------------------- by recipe
+
+@pytest.fixture
+def base(golden, assets, tmp_path):
+    "The golden pair and its published checkpoint, asked a few real questions."
+    return recipe_from_dict(dict(model=dict(receiver=str(golden/'receiver'), sharers=[str(golden/'sharer2')], fusers=[str(golden/'ckpt_s2'/'final')], alignment='shared'),
+        benchmarks=dict(openbookqa=dict(data_files=str(assets/'benchmarks'/'openbookqa'/'main'/'test.jsonl'), limit=6)), method='options', output=dict(folder=str(tmp_path/'out'))), cls=EvalRecipe)
+
+
+def no_models(monkeypatch):
+    fail = lambda *a, **k: pytest.fail('a model was loaded')
+    monkeypatch.setattr(AutoModelForCausalLM, 'from_pretrained', fail); monkeypatch.setattr('c2c_nb.evaluate.build_models', fail)
+
+
+def test_a_recipe_is_audited_as_by_hand(base, pair, assets, tmp_path):
+    "A published fuser: the same records; template, cue, generation and template's keywords reach every arm; run again, nothing is asked."
+    said = dict(generation=dict(repetition_penalty=1.3), template_kwargs=dict(enable_thinking=False))
+    r = set_values(base, ['variant=direct', 'cue=I say', 'seed=3', 'max_length=40', *(f'model.{k}={json.dumps(v)}' for k, v in said.items())])
+    found = audit_recipe(r, ['zeros', 'noise'], gold='other', progress=False)['openbookqa']
+    assert found.seed == 3 and found.evaluation.folder == tmp_path/'out' and list(found.marks) == ['receiver', 'sharer', 'matched', 'mismatched', 'zeros', 'noise']
+    direct = default_template('direct')
+    worded = replace(direct, wordings={k: replace(w, cue='I say') for k, w in direct.wordings.items()})
+    by_hand = lambda folder, **more: audit(pair, bench(assets, limit=6), tmp_path/folder, ['zeros', 'noise'], progress=False, **dict(template=worded, method='options', gold='other', seed=3, max_length=40) | said | more)
+    assert plain(by_hand('hand').evaluation.records) == plain(found.evaluation.records) and len(found.evaluation.records) == 36
+    assert any(r['cut'] for r in found.evaluation.records)
+    before, summary = (tmp_path/'out'/'records-000.jsonl').read_bytes(), json.loads((tmp_path/'out'/'summary.json').read_text())
+    by_hand('out')                                                # it is the very audit, in every system's description
+    with pytest.raises(FileExistsError, match='system matched, system mismatched, system noise, system receiver, system sharer, system zeros'): by_hand('out', generation=None)
+    with pytest.raises(FileExistsError, match='template'): by_hand('out', template=direct)
+    written = read_recipe(tmp_path/'out', EvalRecipe)
+    assert written == set_values(r, ['systems=[receiver, sharer, C2C]']) and summary['recipe'] == written.to_dict()
+    again = audit_recipe(written, ['zeros', 'noise'], gold='other', progress=False)
+    assert (tmp_path/'out'/'records-000.jsonl').read_bytes() == before and repr(again) == repr(found) and again.recipe.notes == []
+
+
+def test_other_questions_have_the_cue_too(base):
+    "What is heard instead is another question as it was asked: with the cue, and never the same one."
+    for cue in 'I say', None:
+        found = audit_recipe(set_values(base, [f'output.folder={base.output.folder}-{cue}'] + [f'cue={cue}']*(cue is not None)), ['mismatched'], progress=False)['openbookqa'].evaluation.by
+        prompts = {i: r['prompt'] for i, r in found['receiver'].items()}
+        heard = {i: r['extra']['heard'] for i, r in found['mismatched'].items()}
+        assert len(set(prompts.values())) == 6 and all(heard[i] in set(prompts.values()) - {prompts[i]} for i in prompts)
+
+
+def test_a_cue_is_heard_as_it_is_read(pair, base):
+    "The sharer reads the other question up to the cue, and the cue itself stays in its place."
+    done = prepare_audit(set_values(base, ['cue=the cat says']), ['mismatched'])
+    qs = done.questions['openbookqa'][0]
+    from c2c_nb.audit import _asked
+    pool = _asked('openbookqa', qs, done.template, 'options', 'any')
+    arms = make_arms(pair, ['mismatched'], pool=pool)
+    for p in pool:
+        assert p[-1] == dict(role='assistant', content='the cat says')
+        right, other = (arms[n].encode(p) for n in ('matched', 'mismatched'))
+        a, b = ((r['sharer_input_ids'][0] or r['input_ids']) for r in (right, other))
+        tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+        read = pair.processor.receiver_tokenizer.decode(a[len(a)-tail:])
+        assert a != b and read.replace(' ', '').endswith('thecatsays'), read
+
+
+def test_several_sharers_by_recipe(golden, base, tmp_path):
+    "Two published fusers, one of them between two tokenizers, and a retrained one for each."
+    two = golden_pair(golden, ('sharer2', 'sharer1'), ('shared', 'offsets'))
+    r = set_values(base, [f'model.sharers=[{golden}/sharer2, {golden}/sharer1]', f'model.fusers=[{golden}/ckpt_s2/final, {golden}/ckpt_s1/final]', 'model.alignment=[shared, offsets]', 'benchmarks.openbookqa.limit=3'])
+    other = []
+    for j, f in enumerate(two.fusers):
+        new = fuser_for(two.receiver, two.sharers[j]); new.config.training = dict(caches='mismatched'); new.save_pretrained(tmp_path/f'm{j}'); other.append(str(tmp_path/f'm{j}'))
+    found = audit_recipe(r, ['noise', 'retrained'], other, progress=False)['openbookqa']
+    made = audit(two, make_benchmark('openbookqa', r.benchmarks['openbookqa']), tmp_path/'hand', ['noise', 'retrained'], retrained=other, method='options', progress=False)
+    assert plain(found.evaluation.records) == plain(made.evaluation.records) and [t.sharer for t in found.take_over] == ['sharer 0', 'sharer 1'] and found.left_out == {}
+    for wrong, says in ((other[:1], '1 retrained fusers were given for 2'), (other[::-1], 'does not fit')):
+        with pytest.raises(ValueError, match=says): audit_recipe(set_values(r, [f'output.folder={tmp_path}/x']), ['retrained'], wrong, progress=False)
+
+
+@pytest.mark.parametrize('name', ['tiny', 'tiny trio'])
+def test_embedded_world_by_recipe(name, tmp_path, monkeypatch):
+    "An embedded pair, and a receiver with two sharers, of which one has a tokenizer of its own: their models are made, not loaded."
+    world = get_world(name)
+    models = {role: pretrain(world, role)[0].requires_grad_(False) for role in world.roles}
+    monkeypatch.setattr('c2c_nb.evaluate.build_models', lambda world: list(models.values()))     # a few steps, here instead of in children
+    c2c = connect(world, *models.values()) if name == 'tiny' else team(world, models, *world.roles[1:])
+    folders = [str(tmp_path/f'f{j}') for j in range(len(c2c.fusers))]
+    for f, folder in zip(c2c.fusers, folders): f.save_pretrained(folder)
+    r = set_values(read_recipe('embedded_pair', EvalRecipe), [f'model.world={name}', f'model.fusers={json.dumps(folders)}', f'benchmarks.toy={{world: {name}, limit: 3}}', f'output.folder={tmp_path}/out'])
+    found = audit_recipe(r, ['zeros', 'own cache'], choose=True, progress=False)
+    assert found.recipe.method == 'options' and found.recipe.notes == []
+    n = len(found['toy'].ids)
+    assert n == 3*len(world.skills) and list(found['toy'].marks) == ['receiver', *(['sharer'] if name == 'tiny' else ['sharer 0', 'sharer 1']), 'matched', 'mismatched', 'zeros', 'own cache'] and all(len(v) == n for v in found['toy'].marks.values())
+    assert not any(x['error'] for x in found['toy'].evaluation.records)
+
+
+def test_several_benchmarks_in_a_recipe(base, tmp_path, monkeypatch, capsys):
+    "A folder each and a table of them; nothing joins what is there already."
+    file = base.benchmarks['openbookqa']['data_files']
+    r = set_values(base, [f'benchmarks={{easy: {{type: openbookqa, data_files: {file}, limit: 3}}, openbookqa: {{data_files: {file}, limit: 4}}}}'])
+    (tmp_path/'two.yaml').write_text(r.to_yaml())
+    c2c_audit(what=[str(tmp_path/'two.yaml')], arms=['zeros'], quiet=True)
+    said = capsys.readouterr().out
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {'easy', 'openbookqa', 'recipe.yaml', 'table.md', 'summary.json'} and 'easy\n\narm' in said and 'openbookqa\n\narm' in said
+    assert [len(read_records(tmp_path/'out'/n)) for n in ('easy', 'openbookqa')] == [15, 20] and (tmp_path/'out'/'easy'/'audit.md').is_file()
+    table, summary = (tmp_path/'out'/'table.md').read_text(), json.loads((tmp_path/'out'/'summary.json').read_text())
+    assert table.startswith('| benchmark | questions | receiver | C2C | gain |') and '| easy | 3 |' in table and summary['benchmarks']['openbookqa']['questions'] == 4 and summary['benchmarks']['easy']['verdict']['kind'] == 'undecided'
+    no_models(monkeypatch)
+    with pytest.raises(FileExistsError, match='another audit.*asked.*questions'): audit_recipe(set_values(r, ['benchmarks.easy.limit=4']), ['zeros'])
+    with pytest.raises(SystemExit): c2c_audit(what=[str(tmp_path/'two.yaml')], set=['benchmarks.openbookqa.limit=3'], arms=['zeros'], quiet=True)
+    assert 'holds another audit' in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match='something else'): audit_recipe(base)      # one alone would lie in the folder itself
+
+
+def test_an_evaluation_is_no_audit(base, tmp_path, monkeypatch, capsys):
+    "Not in one folder, with one benchmark or several, from Python or from a shell; nothing is changed."
+    file = base.benchmarks['openbookqa']['data_files']
+    one = set_values(base, ['systems=[receiver, C2C]', f'output.folder={tmp_path}/one', 'benchmarks.openbookqa.limit=3'])
+    two = set_values(one, [f'benchmarks={{easy: {{type: openbookqa, data_files: {file}, limit: 3}}, openbookqa: {{data_files: {file}, limit: 3}}}}', f'output.folder={tmp_path}/two'])
+    for r in one, two: run_recipe(r, progress=False)
+    other = set_values(two, [f'benchmarks={{a: {{type: openbookqa, data_files: {file}, limit: 3}}, b: {{type: openbookqa, data_files: {file}, limit: 4}}}}'])
+    no_models(monkeypatch)
+    state = lambda: {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    before = state()
+    for r in one, two, other:
+        with pytest.raises(FileExistsError, match='an evaluation that is no audit'): audit_recipe(r)
+    for what in 'one', 'two':
+        with pytest.raises(SystemExit) as e: c2c_audit(what=[str(tmp_path/what)], quiet=True)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and 'an evaluation that is no audit' in err and 'output.folder' in err and 'Loading' not in err
+    assert state() == before
+
+
+def test_dry_run(base, tmp_path, monkeypatch, capsys):
+    "Recipe, arms, questions and the first prompt; no model, no file. Which method it is depends on who says what."
+    no_models(monkeypatch)
+    r = set_values(base, ['systems=[receiver, T2T]', 'method=generate'])
+    (tmp_path/'r.yaml').write_text(r.to_yaml())
+    args = [f"data_files={base.benchmarks['openbookqa']['data_files']}", 'limit=5']
+    def said(*what, **kwargs): c2c_audit(what=list(what), dry_run=True, quiet=True, **kwargs); return capsys.readouterr().out
+    text = said(str(tmp_path/'r.yaml'), arms=['own-cache', 'retrained'])
+    for part in ('# systems (receiver, T2T) has no effect on an audit', 'kind: evaluation', 'openbookqa: 6 questions', 'arms of C2C, as far as these models allow: matched, mismatched, own cache\n', 'no retrained fuser was given', '"role": "user"', 'method: generate'): assert part in text, part
+    every = said(str(tmp_path/'r.yaml'), method='options', seed=5, batch_size=3, variant='direct', dtype='float32')
+    assert all(s in every for s in ('method: options', 'seed: 5', 'batch_size: 3', 'variant: direct', 'dtype: float32', *changed))
+    three = (base.model.fusers[0], 'openbookqa', str(tmp_path/'new'))
+    assert 'method: options' in said(*three, args=args) and 'method: generate' in said(*three, args=args, method='generate') and 'method: generate' in said(*three, args=args, set=['method=generate']) and '# systems' not in said(*three, args=args)
+    assert 'method: options' in (cued := said(*three, args=args, set=['cue=I say'])) and '"content": "I say"' in cued
+    (tmp_path/'arm_of_mine.py').write_text('from c2c_nb.arms import register_arm\n@register_arm("of mine", "x")\ndef f(c2c, processor, name): raise AssertionError\n')
+    try: assert 'mismatched, of mine' in said(*three, args=args, arms=['of mine'], imports=[str(tmp_path/'arm_of_mine.py')])
+    finally: arms_module._arms.pop('of mine', None)
+    math = tmp_path/'open.jsonl'; math.write_text('\n'.join(json.dumps(dict(question=f'What is {i} and {i}?', answer=str(2*i))) for i in range(3)))
+    assert 'method: generate' in said(base.model.fusers[0], 'questions', str(tmp_path/'new'), args=[f'data_files={math}', 'answers=math'])
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != '__pycache__') == ['arm_of_mine.py', 'open.jsonl', 'r.yaml']
+    c2c_audit(what=[], list=True)
+    assert 'paper' in capsys.readouterr().out.split()
+
+
+def test_an_official_file_is_audited(base, golden, tmp_path):
+    "Its one system has no effect; its fuser, options and cue have."
+    file = dict(model=dict(model_name='Rosetta', rosetta_config=dict(base_model=base.model.receiver, teacher_model=dict(x=base.model.sharers[0]), checkpoints_dir=base.model.fusers, is_do_alignment=False)), output=dict(output_dir=str(tmp_path/'official')),
+        eval=dict(dataset='openbookqa', gpu_ids=[0], answer_method='logits', use_cot=False, use_template=False, limit=4, response_text='The correct answer is'))
+    (tmp_path/'official.json').write_text(json.dumps(file))
+    r = set_values(read_recipe(tmp_path/'official.json', EvalRecipe), [f"benchmarks.openbookqa.data_files={base.benchmarks['openbookqa']['data_files']}"])
+    found = audit_recipe(r, ['zeros'], progress=False)
+    assert any('systems (C2C) has no effect' in n for n in found.recipe.notes) and len(found['openbookqa'].evaluation.records) == 20 and found.recipe.cue == 'The correct answer is'
+    whole = dict(file, model=dict(model_name=base.model.receiver))
+    (tmp_path/'alone.json').write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match='names none'): prepare_audit(read_recipe(tmp_path/'alone.json', EvalRecipe))
+
+
+@pytest.mark.parametrize('values, settings, message', [(['model.fusers=[]'], {}, 'names none'), ([], dict(arms=['noize']), "did you mean 'noise'"), ([], dict(gold='same'), "'any' other question"), ([], dict(share=1.), 'between 0 and 1'), (['benchmarks.openbookqa.limit=1'], {}, 'another question to hear'),
+    (['benchmarks.openbookqa.limit=2'], dict(gold='other'), 'same right answer'), (['benchmarks=[openbokqa]'], {}, "did you mean 'openbookqa'"), (['variant=cots'], {}, "did you mean 'cot'"), ([], dict(retrained='/nowhere/at/all'), None), ([], dict(retrained=['a/b', 'c/d']), '2 retrained fusers'), (['model.sharers=[a/b, c/d]'], {}, '2 sharers'), (['method=generate', 'cue=So'], {}, "it is for 'options'")])
+def test_mistakes_come_before_the_models(base, tmp_path, values, settings, message, monkeypatch):
+    no_models(monkeypatch)
+    r = set_values(base, values)
+    if message is None: message, settings = 'no fuser in', dict(retrained=str(tmp_path))
+    if 'same right' in message:                                   # two questions with one answer
+        rows = [json.dumps(dict(question=f'Which {i}?', options=['yes', 'no'], answer='A')) for i in range(2)]
+        (tmp_path/'same.jsonl').write_text('\n'.join(rows)); r = set_values(base, [f'benchmarks={{questions: {{data_files: {tmp_path}/same.jsonl}}}}'])
+    with pytest.raises((ValueError, OSError), match=message): audit_recipe(r, **settings)
+    assert not Path(base.output.folder).exists()

@@ -1,5 +1,5 @@
 "Intervals, paired comparisons and power against known values, against each other, and against simulated evaluations."
-import math, warnings
+import math, re, warnings
 
 import numpy as np, pytest
 from scipy.stats import binom
@@ -81,8 +81,22 @@ def test_words_name_the_better_one():
     a, b = pair(400, 60, 30, 510)
     said = paired(a, b).words('C2C', 'the receiver')
     assert said.startswith('C2C is better than the receiver by 3.0 points (95 % interval +1.') and paired(b, a).words('the receiver', 'C2C').startswith('C2C is better than the receiver by 3.0 points (95 % interval +1.')
-    assert paired(*pair(5, 3, 1, 5)).words('x', 'y').startswith('x and y cannot be told apart here')
     assert '| **first right** | 400 | 60 |' in paired(a, b)._repr_markdown_()
+
+
+def test_words_do_not_turn_round_what_cannot_be_told():
+    "A difference that may be chance keeps order and sign, its interval with it: nothing below zero reads as a gain."
+    a, b = pair(5, 3, 1, 5)
+    more, less = paired(a, b), paired(b, a)
+    assert more.words('x', 'y').startswith('x and y cannot be told apart here: x minus y is +14.3 points (95 % interval -') and less.words('y', 'x').startswith('y and x cannot be told apart here: y minus x is -14.3 points (95 % interval -')
+    spans = [[float(x) for x in re.search(r'interval (\S+) to (\S+),', p.words('x', 'y')).groups()] for p in (more, less)]
+    assert spans[0] == [-spans[1][1], -spans[1][0]] and spans[0][0] < 0 < spans[0][1]
+    for p in more, less: assert 'better' not in p.words()
+    worse = paired(*pair(400, 30, 60, 510)).words('C2C', 'the receiver')
+    assert worse.startswith('the receiver is better than C2C by 3.0 points (95 % interval +') and 'by -' not in worse
+    assert paired(a, a).words('x', 'y') == 'x and y cannot be told apart here: they have the same marks on all 14 questions'
+    tie = paired(*pair(5, 3, 3, 5)).words('x', 'y')
+    assert 'x minus y is +0.0 points (95 % interval -' in tie and '-0.0' not in tie
 
 
 def test_what_cannot_be_compared():
