@@ -526,7 +526,7 @@ def audit_recipe(
     _check_share(share)
     done = prepared or prepare_audit(recipe, arms, retrained, gold, choose)
     r, found = done.recipe, {}
-    c2c = load_models(r.model, chats=done.template.chat and any(not q.plain for questions, _ in done.questions.values() for q in questions))
+    c2c = load_models(r.model, done.chats)
     with torch.random.fork_rng():
         for n, folder in done.folders.items():
             torch.manual_seed(r.seed)

@@ -174,7 +174,13 @@ def command(
         if args or kwargs or sys._getframe(1).f_globals.get('__name__') != '__main__': return func(*args, **kwargs)
         argv = [a if not a.startswith('--') else a.partition('=')[0].replace('-', '_').replace('__', '--', 1) + ''.join(a.partition('=')[1:]) for a in sys.argv[1:]]
         given = vars(anno_parser(func, func.__name__).parse_args(argv))
-        return func(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
+        try:
+            out = func(**{k: v for k, v in given.items() if k not in ('pdb', 'xtra')})
+            sys.stdout.flush()
+            return out
+        except BrokenPipeError:                                  # whoever reads along, such as head, has heard enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1)
     return called
 
 # %% ../nbs/13_cli.ipynb #def-set-argument

@@ -581,6 +581,9 @@ class Prepared:
         root = Path(self.recipe.output.folder)
         return {n: root/n if len(self.benchmarks) > 1 else root for n in self.benchmarks}
 
+    @property
+    def chats(self)->bool: "Are questions put as chats?"; return self.template.chat and any(not q.plain for questions, _ in self.questions.values() for q in questions)
+
     def __repr__(self):
         r = self.recipe
         lines = [f'# {n}' for n in r.notes] + [r.to_yaml().rstrip(), '']
@@ -679,7 +682,7 @@ def run_recipe(
         if 'prompts' in s: s['prompts'] = T2TPrompts(**s['prompts'])
         elif world and 'prompts' in takes: s |= dict(prompts=WorldPrompts(world)) | (dict(message_tokens=world.note_tokens) if 'message_tokens' not in s else {})     # what its models have learned
         wanted[n] = s
-    models = load_models(r.model, chats=done.template.chat and any(not q.plain for qs, _ in done.questions.values() for q in qs))
+    models = load_models(r.model, done.chats)
     systems, found = make_systems(models, wanted, **{k: v for k, v in dict(generation=r.model.generation, template_kwargs=r.model.template_kwargs).items() if v}), {}
     with torch.random.fork_rng():
         for n, folder in done.folders.items():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .recipe import AnyRecipe, OfficialKey, _check_folder, _check_leaves, _number, _official_leaves, _raise, nearest
+from .recipe import AnyRecipe, OfficialKey, _check_dtype, _check_folder, _check_leaves, _number, _official_leaves, _raise, nearest
 
 # %% ../nbs/08d_protocol.ipynb #def-evalmodelrecipe
 @dataclass
@@ -237,6 +237,7 @@ def _check_model(recipe):
     for i, f in enumerate(m.fusers): yield from _check_fuser(f, f'model.fusers[{i}]')
     for name, at in [(m.receiver, 'model.receiver'), *((s, f'model.sharers[{i}]') for i, s in enumerate(m.sharers))]:
         if name: yield from _check_folder(name, at)
+    yield from _check_dtype(m.dtype, 'model.dtype')
     if m.fusers and m.sharers and len(m.fusers) != len(m.sharers): yield f"model.fusers has {len(m.fusers)} entries, but there {'is 1 sharer' if len(m.sharers) == 1 else f'are {len(m.sharers)} sharers'}"
     if m.sharer_revisions is not None and len(m.sharer_revisions) != len(m.sharers): yield f"model.sharer_revisions has {len(m.sharer_revisions)} entries, model.sharers {len(m.sharers)}"
     for n, kind in kinds.items():

@@ -108,7 +108,7 @@ def test_light():
     (['model.fusers=[]'], 'model is empty'), (['model.fusers=[]', 'model.receiver=gpt2', 'systems=[receiver, C2C]'], "'C2C', which needs a fuser"), (['model.fusers=[]', 'model.receiver=gpt2', 'systems=[T2T]'], "'T2T', which needs a sharer"),
     (['model.fusers=[]', 'model.receiver=gpt2', 'systems={half: {kind: C2C in part}}'], "'half', which needs a fuser"), (['model.world=skill', 'model.receiver=gpt2'], 'cannot be given as well'), (['model.fusers=[/nowhere]'], 'no such folder'), (['model.fusers=[./a/b/c]'], 'no such folder'),
     (['model.receiver=/nowhere'], 'no such folder'), (['model.sharers=[a, b]'], 'fusers has 1 entries, but there are 2 sharers'), (['benchmarks={}'], 'benchmarks is empty'), (['systems=[]'], 'systems is empty'), (['cue=So'], "it is for 'options'"), (['output.folder='], 'output.folder'),
-    (['benchmarks={a/b: {type: toy}, toy: {}}'], 'cannot be the name of a folder'), (['model.sharer_revisions=[x]'], 'sharer_revisions has 1 entries'), (['template=${NOWHERE}/t.yaml'], 'NOWHERE is not set')])
+    (['benchmarks={a/b: {type: toy}, toy: {}}'], 'cannot be the name of a folder'), (['model.sharer_revisions=[x]'], 'sharer_revisions has 1 entries'), (['template=${NOWHERE}/t.yaml'], 'NOWHERE is not set'), (['model.dtype=float23'], "did you mean 'float32'")])
 def test_check(values, message):
     with pytest.raises(ValueError, match=message): set_values(made(ours(output=dict(folder='runs/not/there'))), values).check()
 
@@ -422,6 +422,15 @@ def test_command_with_recipes(base, golden, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- a benchmark as validation
+
+def test_whoever_reads_along_may_stop():
+    "`c2c_evaluate --list | head`: no traceback."
+    code = 'import sys\nfrom c2c_nb.cli import c2c_evaluate\nif __name__ == "__main__": sys.argv[0] = "c2c_evaluate"; sys.exit(c2c_evaluate())'
+    p = subprocess.Popen([sys.executable, '-c', code, '--list'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(root)})
+    p.stdout.close()
+    said = p.stderr.read(); p.stderr.close()
+    assert p.wait() == 1 and said == '', said
+
 
 def test_validation_counts_as_an_evaluation_does(assets, tmp_path):
     "What a training run says of a benchmark is what an evaluation of its fuser says."
